@@ -1,0 +1,89 @@
+// Package sealed reads and writes sealed files: age v1 files whose file key is
+// wrapped by a CMK, and bare KMS ciphertext blobs. It opens them straight into
+// locked memory, and never touches the network itself.
+package sealed
+
+import (
+	"context"
+	"errors"
+	"io"
+
+	"filippo.io/age"
+
+	"kmsfs/internal/keyring"
+	"kmsfs/internal/secmem"
+)
+
+// What is wrong with a sealed file; test with errors.Is. The text of an error
+// says where and what, never content.
+var (
+	ErrNotSealed = errors.New("not a sealed file")                           // neither age nor a KMS blob
+	ErrTampered  = errors.New("sealed file is damaged or was altered")       // truncated, flipped, wrong MAC
+	ErrMisplaced = errors.New("sealed file is bound to another place")       // swapped or moved
+	ErrNoKey     = errors.New("sealed file names no configured key")         // sealed under somebody else's key
+	ErrTooLarge  = errors.New("sealed file is larger than the limit allows") // max_file, header, stanzas
+)
+
+// Limits on what is looked at before anything is allocated for it.
+const (
+	MaxHeader        = 64 << 10 // bytes of age header
+	MaxStanzas       = 32
+	MaxBlob          = 8 << 10 // bytes of a KMS blob file
+	MaxBlobPlaintext = 4096
+)
+
+// A Kind tells the two formats apart.
+type Kind int
+
+// The formats of a sealed file.
+const (
+	Age  Kind = iota + 1 // age v1, binary or armored
+	Blob                 // the text of a KMS CiphertextBlob
+)
+
+// A File is what can be known of a sealed file without a key.
+type File struct {
+	Kind    Kind
+	Armored bool
+	Stanzas []keyring.Stanza // every stanza of the header, ours and foreign ones, in order; nil for a blob
+	Binding keyring.Context  // what a kmsfs stanza binds the file to; nil when unbound or a blob
+	Size    int64            // plaintext bytes: exact for Age, the upper bound for Blob
+}
+
+// Parse reads what a key is not needed for from the first size bytes of r. It returns
+// an error wrapping ErrNotSealed for any other file, ErrTampered for an age file
+// that cannot be whole, and ErrTooLarge over the limits above.
+func Parse(r io.ReaderAt, size int64) (*File, error) { return nil, ErrNotSealed }
+
+// An Opener opens sealed files with a set of configured keys. Only these keys
+// are ever used; what a header names selects among them.
+type Opener struct {
+	Keys    []keyring.Key
+	Arena   *secmem.Arena
+	MaxFile int64 // largest plaintext, bytes
+}
+
+// Open parses r again, unwraps the file key and returns the plaintext in locked
+// memory; the caller wipes it. place is where the file is (tree and path): a bound
+// file must be bound to exactly that. blobContext is sent with a KMS blob and
+// may be nil. Sentinels of package keyring pass through.
+func (o *Opener) Open(ctx context.Context, r io.ReaderAt, size int64, place, blobContext keyring.Context) (*secmem.Buffer, error) {
+	return nil, ErrNotSealed
+}
+
+// A Sealer writes sealed files.
+type Sealer struct {
+	Keys     []keyring.Key   // the file key is wrapped under each of them
+	Recovery []age.Recipient // ordinary age recipients, never used by the daemon
+	Binding  keyring.Context // nil: unbound
+	Armor    bool
+}
+
+// Seal writes plain to w as an age file.
+func (s *Sealer) Seal(ctx context.Context, w io.Writer, plain *secmem.Buffer) error { return nil }
+
+// SealBlob writes plain as a bare KMS blob under the first key, which must be
+// able to ([keyring.BlobSealer]). Over 4096 bytes it fails with ErrTooLarge.
+func (s *Sealer) SealBlob(ctx context.Context, w io.Writer, plain *secmem.Buffer, ec keyring.Context) error {
+	return nil
+}
