@@ -27,12 +27,16 @@ type Options struct {
 	SealedOnly  bool // hide plain files
 	OpenTimeout time.Duration
 
-	Opener *sealed.Opener
-	Store  *store.Store // its Scrub option must be FS.Scrub; see New
-	Policy *policy.Policy
-	Caller *caller.Reader
-	Audit  Auditor
-	Log    *slog.Logger
+	Opener    *sealed.Opener
+	Plaintext store.Options // Mount builds the store; it sets Scrub, and Timeout to OpenTimeout if 0
+	Policy    *policy.Policy
+	Caller    *caller.Reader
+	Audit     Auditor // nil: no record is kept
+	Log       *slog.Logger
+
+	// Changed is told the path of each sealed or plain file that was replaced, edited, created or
+	// removed in the source, from a goroutine of its own. nil: nobody wants to know.
+	Changed func(path string)
 }
 
 // An Auditor keeps a record; an error refuses the open.
@@ -54,6 +58,12 @@ func (f *FS) Revoke(ctx context.Context, wait bool) error { return nil }
 
 // Done is closed when the mount is gone and nothing of it is left, for whatever reason.
 func (f *FS) Done() <-chan struct{} { return nil }
+
+// SetPolicy replaces the rules from the next open on; shown owners and modes follow.
+func (f *FS) SetPolicy(p *policy.Policy) {}
+
+// Store is what holds the plaintext of this mount, for its counts and for Expire.
+func (f *FS) Store() *store.Store { return nil }
 
 // Handles lists what is open now.
 func (f *FS) Handles() []Handle { return nil }
