@@ -1,0 +1,46 @@
+# What a person types. Everything here works on a fresh Debian 12 machine with Go
+# and root; `make deps` installs the rest by apt.
+
+GO      ?= go
+BIN     := bin/kmsfs
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+PKGS    ?= ./...
+TESTFLAGS ?=
+
+.PHONY: all build deps test check race single nocgo bench demo clean
+
+all: build
+
+build: ## build bin/kmsfs
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/kmsfs
+
+deps: ## install what the tests and the demo need (apt, root)
+	./testdata/deps.sh
+
+test: deps ## every test, against the real kernel, HSM module and servers
+	$(GO) test -timeout 10m $(TESTFLAGS) $(PKGS)
+
+check: ## format, vet, staticcheck
+	@test -z "$$(gofmt -l cmd fs hsm internal kmsclient)" || { gofmt -l cmd fs hsm internal kmsclient; echo 'make: run gofmt -w on these' >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+race: ## every test under the race detector
+	$(GO) test -race -timeout 15m $(TESTFLAGS) $(PKGS)
+
+single: ## the tests of what blocks and wakes, on one processor: finds deadlocks
+	GOMAXPROCS=1 $(GO) test -timeout 10m $(TESTFLAGS) ./fs/... ./internal/store/... ./hsm/... ./cmd/...
+
+nocgo: ## build and test without cgo: the HSM half is a twin that says so
+	CGO_ENABLED=0 $(GO) build -trimpath -o /dev/null ./cmd/kmsfs
+	CGO_ENABLED=0 $(GO) test -timeout 10m $(TESTFLAGS) ./hsm ./internal/... ./cmd/...
+
+bench: deps build ## ratios against tmpfs, gocryptfs and a bare backend call, in one run
+	$(GO) run ./internal/bench -kmsfs $(BIN)
+
+demo: deps build ## nginx serves TLS from a sealed key, then access is revoked
+	./docs/demo/run.sh $(BIN)
+
+clean:
+	rm -rf bin dist
