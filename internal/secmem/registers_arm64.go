@@ -1,0 +1,6 @@
+//go:build !purego
+
+package secmem
+
+//go:noescape
+func clearVectors()
