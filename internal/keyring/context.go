@@ -3,7 +3,9 @@ package keyring
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"unicode/utf8"
 )
 
 // MaxContext is the largest canonical [Context] in bytes: the limit of an
@@ -15,8 +17,14 @@ const MaxContext = 1024
 type Context map[string]string
 
 // Canonical returns the one JSON text of c: keys sorted, no spaces, no HTML
-// escaping. It fails over [MaxContext] bytes.
+// escaping. It fails over [MaxContext] bytes, and on text that is not UTF-8:
+// JSON would write two different names the same.
 func (c Context) Canonical() ([]byte, error) {
+	for name, value := range c {
+		if !utf8.ValidString(name) || !utf8.ValidString(value) {
+			return nil, errors.New("context is not valid UTF-8")
+		}
+	}
 	var buf bytes.Buffer
 	enc := json.NewEncoder(&buf)
 	enc.SetEscapeHTML(false)

@@ -47,6 +47,10 @@ const soon = 30 * time.Second
 // interfaces the backend has.
 func Run(t *testing.T, h Harness) {
 	t.Helper()
+	for _, key := range []string{h.Key, h.OtherKey} { // what the backend caches for good, it has now
+		dek := fileKey(t)
+		opens(t, h, key, wrap(t, h, key, dek, nil), nil, dek)
+	}
 	_, probes := h.Backend.(keyring.Prober)
 	_, opensBlobs := h.Backend.(keyring.BlobOpener)
 	_, sealsBlobs := h.Backend.(keyring.BlobSealer)
