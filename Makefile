@@ -8,7 +8,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 PKGS    ?= ./...
 TESTFLAGS ?=
 
-.PHONY: all build deps test check race single nocgo bench demo clean
+.PHONY: all build deps deps-vm test check race single nocgo bench demo vm clean
 
 all: build
 
@@ -44,3 +44,10 @@ demo: deps build ## nginx serves TLS from a sealed key, then access is revoked
 
 clean:
 	rm -rf bin dist
+
+deps-vm:
+	./testdata/deps.sh qemu-system-x86 e2fsprogs
+
+vm: deps-vm ## search the RAM, disk and swap of a booted stock Debian kernel from outside
+	$(GO) vet -tags vm ./internal/vm/...
+	$(GO) test -tags vm -timeout 20m -count=1 -v ./internal/vm

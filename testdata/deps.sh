@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs by apt what the tests, the demo and the benchmark run against: the real
-# servers, PKCS#11 modules and tools. Does nothing when all is there.
+# servers, PKCS#11 modules and tools. Does nothing when all is there. Arguments are
+# further packages.
 set -eu
 
 packages='
@@ -9,7 +10,7 @@ packages='
 	softhsm2 opensc libnss3 libnss3-tools opencryptoki
 	nginx-light redis-server postgresql openssh-server openssh-client
 	python3 default-jdk-headless
-'
+'"$*"
 
 missing=
 for p in $packages; do
