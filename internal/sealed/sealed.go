@@ -6,6 +6,7 @@ package sealed
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 
 	"filippo.io/age"
@@ -48,17 +49,25 @@ type File struct {
 	Stanzas []keyring.Stanza // every stanza of the header, ours and foreign ones, in order; nil for a blob
 	Binding keyring.Context  // what a kmsfs stanza binds the file to; nil when unbound or a blob
 	Size    int64            // plaintext bytes: exact for Age, the upper bound for Blob
+	Header  int              // bytes of age header, without armor; 0 for a blob
 }
 
-// Parse reads what a key is not needed for from the first size bytes of r. It returns
-// an error wrapping ErrNotSealed for any other file, ErrTampered for an age file
-// that cannot be whole, and ErrTooLarge over the limits above.
-func Parse(r io.ReaderAt, size int64) (*File, error) { return nil, ErrNotSealed }
+// Parse reads what a key is not needed for from the first size bytes of r: the
+// header only, and the last lines of armor. It returns an error wrapping
+// ErrNotSealed for any other file, ErrTampered for an age file that cannot be whole,
+// and ErrTooLarge over the limits above.
+func Parse(r io.ReaderAt, size int64) (*File, error) {
+	p, err := parse(r, size)
+	if err != nil {
+		return nil, err
+	}
+	return &p.File, nil
+}
 
 // An Opener opens sealed files with a set of configured keys. Only these keys
 // are ever used; what a header names selects among them.
 type Opener struct {
-	Keys    []keyring.Key
+	Keys    []keyring.Key // tried in this order
 	Arena   *secmem.Arena
 	MaxFile int64 // largest plaintext, bytes
 }
@@ -67,8 +76,18 @@ type Opener struct {
 // memory; the caller wipes it. place is where the file is (tree and path): a bound
 // file must be bound to exactly that. blobContext is sent with a KMS blob and
 // may be nil. Sentinels of package keyring pass through.
+//
+// Each key that a stanza matches is tried, in an equal share of the time that
+// ctx leaves, until one works; a file sealed under two keys opens while either service is there.
 func (o *Opener) Open(ctx context.Context, r io.ReaderAt, size int64, place, blobContext keyring.Context) (*secmem.Buffer, error) {
-	return nil, ErrNotSealed
+	p, err := parse(r, size)
+	if err != nil {
+		return nil, err
+	}
+	if p.Kind == Blob {
+		return o.openBlob(ctx, p, blobContext)
+	}
+	return o.openAge(ctx, p, place)
 }
 
 // A Sealer writes sealed files.
@@ -79,11 +98,20 @@ type Sealer struct {
 	Armor    bool
 }
 
-// Seal writes plain to w as an age file.
-func (s *Sealer) Seal(ctx context.Context, w io.Writer, plain *secmem.Buffer) error { return nil }
+// Seal writes plain to w as an age file. It writes nothing before every key has
+// wrapped the file key.
+func (s *Sealer) Seal(ctx context.Context, w io.Writer, plain *secmem.Buffer) error {
+	if err := s.seal(ctx, w, plain); err != nil {
+		return fmt.Errorf("seal: %w", err)
+	}
+	return nil
+}
 
 // SealBlob writes plain as a bare KMS blob under the first key, which must be
 // able to ([keyring.BlobSealer]). Over 4096 bytes it fails with ErrTooLarge.
 func (s *Sealer) SealBlob(ctx context.Context, w io.Writer, plain *secmem.Buffer, ec keyring.Context) error {
+	if err := s.sealBlob(ctx, w, plain, ec); err != nil {
+		return fmt.Errorf("seal as KMS blob: %w", err)
+	}
 	return nil
 }
