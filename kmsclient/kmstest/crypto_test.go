@@ -2,6 +2,7 @@ package kmstest_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -12,11 +13,13 @@ import (
 	"encoding/base64"
 	"encoding/pem"
 	"hash"
+	"net"
 	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/common"
+	"github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/common/profile"
 	kms "github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/kms/v20190118"
 
 	"kmsfs/kmsclient/kmstest"
@@ -260,6 +263,53 @@ func TestUnfitPublicKeys(t *testing.T) {
 		if _, err := c.Decrypt(q); sdkCode(err) != "InvalidParameter" {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// The codes nobody documents, under the other reading.
+func TestUndocumentedCodes(t *testing.T) {
+	srv := kmstest.New(t, func(o *kmstest.Options) {
+		o.ExpiredTokenCode = "AuthFailure.SecretIdNotFound"
+		o.PendingDeleteCode = "ResourceUnavailable.CmkStateNotSupport"
+		o.OversizeCode = "InvalidParameter"
+	})
+	key, doomed, c := srv.CreateKey("a"), srv.CreateKey("b"), newSDK(t, srv, srv.Credential())
+	srv.ScheduleDeletion(doomed)
+	if _, _, err := sdkDecrypt(newSDK(t, srv, srv.IssueTemporary(0)), srv.Encrypt(key, []byte("x"), ""), ""); sdkCode(err) != "AuthFailure.SecretIdNotFound" {
+		t.Errorf("expired token: %v", err)
+	}
+	if _, _, err := sdkDecrypt(c, srv.Encrypt(doomed, []byte("x"), ""), ""); sdkCode(err) != "ResourceUnavailable.CmkStateNotSupport" {
+		t.Errorf("pending deletion: %v", err)
+	}
+	priv := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	q := kms.NewDecryptRequest()
+	q.CiphertextBlob = common.StringPtr(srv.Encrypt(key, make([]byte, 191), ""))
+	q.EncryptionPublicKey, q.EncryptionAlgorithm = publicPEM(t, &priv.PublicKey), common.StringPtr("RSAES_OAEP_SHA_256")
+	if _, err := c.Decrypt(q); sdkCode(err) != "InvalidParameter" {
+		t.Errorf("oversize: %v", err)
+	}
+}
+
+// A client that believes it talks to the real service, its name, its port and
+// all, and is led here by its dialer.
+func TestServesUnderTheRealName(t *testing.T) {
+	srv := kmstest.New(t)
+	key := srv.CreateKey("a")
+	for _, host := range []string{"kms.tencentcloudapi.com", "kms.ap-guangzhou.tencentcloudapi.com"} {
+		pf := profile.NewClientProfile()
+		pf.HttpProfile.Endpoint = host
+		c := must[*kms.Client](t)(kms.NewClient(common.NewCredential(srv.Credential().SecretID, srv.Credential().SecretKey), srv.Region(), pf))
+		tr := transport(t, srv)
+		tr.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, srv.Addr())
+		}
+		c.WithHttpTransport(tr)
+		if _, plaintext, err := sdkDecrypt(c, srv.Encrypt(key, []byte("secret"), ""), ""); err != nil || string(plaintext) != "secret" {
+			t.Errorf("%s: %q, %v", host, plaintext, err)
+		}
+	}
+	if got := srv.Requests()[0].Host; got != "kms.tencentcloudapi.com" {
+		t.Errorf("Host %s", got)
 	}
 }
 

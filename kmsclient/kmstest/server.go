@@ -94,8 +94,9 @@ func (o *Options) setDefaults() {
 
 // Server is a running emulator of one KMS account. Its methods may be called
 // from any goroutine. Those that are given the id of an unknown key, or
-// another argument that makes no sense, fail the test of a server made by
-// [New] (so call them from the test's goroutine) and log the error otherwise.
+// another argument that makes no sense, do nothing, return nothing, and report
+// it: as an error of the test for a server made by [New], in the ErrorLog for
+// one made by [Start].
 type Server struct {
 	opts    Options
 	fail    func(error)
@@ -137,7 +138,7 @@ func New(t testing.TB, opts ...Option) *Server {
 	}
 	s.fail = func(err error) {
 		t.Helper()
-		t.Fatal(err)
+		t.Error(err)
 	}
 	t.Cleanup(s.Close)
 	return s

@@ -4,6 +4,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	stdlog "log"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -118,5 +119,53 @@ func TestOnlyTheStandardLibraryIsUsed(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A key whose change cannot be written would be another one after a restart.
+func TestWhatCannotBeKeptDoesNotHappen(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "emulator")
+	var log strings.Builder
+	srv := must[*kmstest.Server](t)(kmstest.Start(kmstest.Options{Dir: dir, Keys: []string{"a"}, ErrorLog: stdlog.New(&log, "", 0)}))
+	defer srv.Close()
+	key, tr := srv.KeyID("a"), transport(t, srv)
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range []hand{
+		{action: "DisableKey", body: `{"KeyId":"` + key + `"}`},
+		{action: "CreateKey", body: `{"Alias":"b"}`},
+	} {
+		if a := send(t, tr, h.request(t, srv)); a.Response.Error.Code != "InternalError" {
+			t.Errorf("%s: %s", h.action, a.body)
+		}
+	}
+	srv.Delete(key)
+	srv.Rotate(key)
+	if got := srv.KeyState(key); got != "Enabled" {
+		t.Errorf("the key is %s", got)
+	}
+	if srv.CreateKey("b") != "" || strings.Count(log.String(), "write "+dir) != 5 {
+		t.Errorf("logged %s", log.String())
+	}
+}
+
+func TestMisuseIsReported(t *testing.T) {
+	var log strings.Builder
+	srv := must[*kmstest.Server](t)(kmstest.Start(kmstest.Options{ErrorLog: stdlog.New(&log, "", 0)}))
+	defer srv.Close()
+	key := srv.CreateKey("a")
+	srv.Rotate("no key")
+	srv.Delete("no key")
+	for _, nothing := range []string{
+		srv.KeyID("no alias"), srv.CreateKey("no alias"), srv.KeyState("no key"),
+		srv.Encrypt("no key", nil, ""), srv.Encrypt(key, nil, "no context"), srv.Encrypt(key, make([]byte, 4097), ""),
+	} {
+		if nothing != "" {
+			t.Errorf("returned %q", nothing)
+		}
+	}
+	if got := strings.Count(log.String(), "\n"); got != 7 {
+		t.Errorf("%d lines logged, want 7: %s", got, log.String())
 	}
 }
