@@ -1,6 +1,14 @@
 // Package keyring turns wrapped file keys into usable ones. It defines what a
 // key service must do ([Backend]), the errors it may fail with, and the
 // decorators that retry, limit and count its work.
+//
+// A decorator is a Backend around a Backend. They make sense in one order, from
+// the outside in:
+//
+//	Breaker(Retry(Limit(Count(backend))))
+//
+// so that a service known to be away is not waited for, every attempt waits its
+// turn, and what is counted is what the service was really asked.
 package keyring
 
 import (
@@ -15,9 +23,11 @@ import (
 // CMK never leaves it. A key is named by its URI as the configuration spells it.
 // A Backend must be safe for concurrent use, and must return soon after ctx ends.
 //
+// When ctx was cancelled, operations return an error wrapping [context.Canceled].
+//
 // Backends may also implement [Prober], [BlobOpener], [BlobSealer] and
 // [io.Closer]; decorators forward them and answer [errors.ErrUnsupported] for
-// what the inner one lacks.
+// what the inner one lacks (but Close succeeds).
 type Backend interface {
 	// Wrap encrypts a file key of 16 bytes and binds it to ec. The stanza says all
 	// that Match and Unwrap need to know.
@@ -76,8 +86,8 @@ var (
 type Trace struct {
 	Key       string        // URI of the CMK used
 	RequestID string        // of the last request the key service answered
-	Calls     int           // requests sent, retries included
-	Latency   time.Duration // of the whole operation
+	Calls     int           // attempts, as [Retry] made them
+	Latency   time.Duration // of the whole operation, waiting between attempts included
 }
 
 type traceKey struct{}
