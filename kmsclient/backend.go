@@ -197,14 +197,14 @@ func (c *Client) askInVain(ctx context.Context, k keyName) error {
 // encrypt returns the CiphertextBlob of plain. The plaintext becomes a string, and the
 // SDK copies it; so this belongs into processes that end soon.
 func (c *Client) encrypt(ctx context.Context, k keyName, plain *secmem.Buffer, ec keyring.Context) ([]byte, error) {
-	context_, err := contextText(ec)
+	bound, err := contextText(ec)
 	if err != nil {
 		return nil, err
 	}
 	ans, _, err := c.call(ctx, k, actionEncrypt, largeAnswer, func(ctx context.Context, sdk *kms.Client) (answer, error) {
 		text := base64.StdEncoding.EncodeToString(plain.Bytes())
 		req := kms.NewEncryptRequest()
-		req.KeyId, req.Plaintext, req.EncryptionContext = &k.id, &text, context_
+		req.KeyId, req.Plaintext, req.EncryptionContext = &k.id, &text, bound
 		resp, err := sdk.EncryptWithContext(ctx, req)
 		if err != nil || resp == nil || resp.Response == nil {
 			return answer{}, err
@@ -235,7 +235,7 @@ func (c *Client) decrypt(ctx context.Context, k keyName, blob []byte, ec keyring
 	if err != nil {
 		return nil, fmt.Errorf("%w: the ciphertext: %w", keyring.ErrBadWrapping, err)
 	}
-	context_, err := contextText(ec)
+	bound, err := contextText(ec)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", keyring.ErrBadWrapping, err)
 	}
@@ -251,7 +251,7 @@ func (c *Client) decrypt(ctx context.Context, k keyName, blob []byte, ec keyring
 	}
 	ans, plain, err := c.call(ctx, k, actionDecrypt, room, func(ctx context.Context, sdk *kms.Client) (answer, error) {
 		req := kms.NewDecryptRequest()
-		req.CiphertextBlob, req.EncryptionContext = &text, context_
+		req.CiphertextBlob, req.EncryptionContext = &text, bound
 		if sealed {
 			algorithm := rsaAlgorithm // the default is SM2
 			req.EncryptionPublicKey, req.EncryptionAlgorithm = &private.public, &algorithm

@@ -117,4 +117,3 @@ func TestBackend(t *testing.T) {
 		})
 	}
 }
-

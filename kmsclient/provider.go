@@ -75,13 +75,9 @@ func (p *provider) run(ctx context.Context) {
 			case <-timer.C:
 				again = true
 			case <-p.kick:
-				// Whoever holds a credential as new as that is answered from it.
-				if again = p.now().Sub(last) >= renewSpacing; !again {
-					p.publish(err)
-				}
+				timer.Reset(renewSpacing - p.now().Sub(last)) // at once, if that is past
 			}
 		}
-		timer.Stop()
 	}
 }
 
@@ -206,7 +202,7 @@ func credentialError(err error) error {
 	var down downError
 	switch {
 	case errors.As(err, &down):
-		return fmt.Errorf("find credentials: %w: %w", keyring.ErrUnavailable, err)
+		return fmt.Errorf("find credentials: %w: %w, and there are none elsewhere", keyring.ErrUnavailable, err)
 	case errors.Is(err, ErrNoCredential):
 		return fmt.Errorf("find credentials: %w: there are none in $CREDENTIALS_DIRECTORY, of an instance role, "+
 			"in TENCENTCLOUD_SECRET_ID and TENCENTCLOUD_SECRET_KEY, or in ~/.tencentcloud/credentials", keyring.ErrDenied)
