@@ -86,7 +86,7 @@ type Log struct {
 	file    *file         // nil: none
 	chain   chain
 	notes   []Entry // the log's own records, to go before the next one
-	lost    uint64  // records not kept and not yet on record
+	told    uint64  // how many of the drops are on record
 	problem string  // what is wrong now, for people
 
 	journal *journal // nil: none
@@ -211,7 +211,7 @@ func (l *Log) commit(ctx context.Context, records []Record) error {
 			return l.lose(len(records), err)
 		}
 	}
-	entries := l.due(len(records))
+	entries, lost := l.due(len(records))
 	for _, r := range records {
 		entries = append(entries, Entry{Record: r})
 	}
@@ -224,7 +224,8 @@ func (l *Log) commit(ctx context.Context, records []Record) error {
 			return l.lose(len(records), err)
 		}
 	}
-	l.chain, l.notes, l.lost, l.problem = next, nil, 0, ""
+	l.chain, l.notes, l.problem = next, nil, ""
+	l.told += lost
 	select {
 	case l.changed <- struct{}{}:
 	default:
@@ -235,16 +236,17 @@ func (l *Log) commit(ctx context.Context, records []Record) error {
 	return nil
 }
 
-// due returns the log's own records that go before the next ones.
-func (l *Log) due(more int) []Entry {
-	entries := make([]Entry, 0, len(l.notes)+1+more)
+// due returns the log's own records that go before the next ones, and how many lost
+// records they speak of.
+func (l *Log) due(more int) (entries []Entry, lost uint64) {
+	entries = make([]Entry, 0, len(l.notes)+1+more)
 	entries = append(entries, l.notes...)
-	if l.lost > 0 {
-		e := note("lost", fmt.Sprintf("%d records could not be kept before this one", l.lost))
-		e.Lost = l.lost
+	if lost = l.drops.Load() - l.told; lost > 0 {
+		e := note("lost", fmt.Sprintf("%d records could not be kept before this one", lost))
+		e.Lost = lost
 		entries = append(entries, e)
 	}
-	return entries
+	return entries, lost
 }
 
 // note makes a record of the log's own.
@@ -254,7 +256,6 @@ func note(outcome, reason string) Entry {
 
 func (l *Log) lose(n int, err error) error {
 	l.drops.Add(uint64(n))
-	l.lost += uint64(n)
 	l.problem = err.Error()
 	return err
 }
@@ -271,9 +272,7 @@ func (l *Log) toJournal(ctx context.Context, entries []Entry) error {
 			}
 			return nil
 		}
-		if !l.journal.send(m) {
-			l.drops.Add(1)
-		}
+		l.journal.send(m) // which counts what it drops
 	}
 	return nil
 }
@@ -283,14 +282,18 @@ func (l *Log) Drops() uint64 { return l.drops.Load() }
 
 // A Status says how the log is.
 type Status struct {
-	Seq     uint64 // of the last record
-	Drops   uint64 // since Open
-	Problem string // why the last record could not be kept; "" when it was
+	Seq          uint64 // of the last record
+	Drops        uint64 // since Open
+	JournalDrops uint64 // records that journald did not take, although the file has them
+	Problem      string // why the last record could not be kept; "" when it was
 }
 
 // Status returns how the log is now. It waits for a write in progress, but not beyond ctx.
 func (l *Log) Status(ctx context.Context) Status {
 	s := Status{Drops: l.drops.Load()}
+	if l.journal != nil {
+		s.JournalDrops = l.journal.drops.Load()
+	}
 	if err := l.acquire(ctx); err != nil {
 		s.Problem = "a write to the log does not return"
 		return s

@@ -262,7 +262,7 @@ func (l *Log) resized(size int64) error {
 
 // closeFile writes the last head and gives the file back.
 func (l *Log) closeFile() error {
-	if len(l.notes) > 0 || l.lost > 0 {
+	if len(l.notes) > 0 || l.drops.Load() > l.told {
 		_ = l.commit(context.Background(), nil)
 	}
 	h := Head{Time: now(), Seq: l.chain.seq, Hash: l.chain.hash.String(), Closed: true}

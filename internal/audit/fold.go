@@ -105,23 +105,29 @@ func (l *Log) drain() {
 // keep writes r and what else is queued.
 func (l *Log) keep(f folding, r Record) {
 	var batch []Record
-	for range batchLength {
-		if f.add(r) {
-			if w := f[identity(&r)]; w != nil { // of a second that is over
-				if w.folded.Count > 0 {
-					batch = append(batch, w.folded)
-				}
-				delete(f, identity(&r))
-			}
-			batch = append(batch, r)
-			f.begin(r)
-		}
-		if len(l.queue) == 0 {
+	for {
+		batch = f.into(batch, r)
+		if len(batch) >= batchLength || len(l.queue) == 0 {
 			break
 		}
 		r = <-l.queue
 	}
 	l.write(batch)
+}
+
+// into appends r to batch unless it is folded, after what it ends the folding of.
+func (f folding) into(batch []Record, r Record) []Record {
+	if !f.add(r) {
+		return batch
+	}
+	if w := f[identity(&r)]; w != nil && foldable(&r) {
+		if w.folded.Count > 0 {
+			batch = append(batch, w.folded)
+		}
+		delete(f, identity(&r))
+	}
+	f.begin(r)
+	return append(batch, r)
 }
 
 // write commits records; commit counts those it cannot keep.

@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	sd "github.com/coreos/go-systemd/v22/journal"
@@ -41,6 +42,7 @@ type journal struct {
 	mu      sync.RWMutex
 	closed  bool
 	done    chan struct{}
+	drops   atomic.Uint64
 }
 
 func newJournal(send func(journalEntry) error) *journal {
@@ -49,8 +51,11 @@ func newJournal(send func(journalEntry) error) *journal {
 		defer close(j.done)
 		for e := range j.entries {
 			err := send(e)
-			if e.sent != nil {
+			switch {
+			case e.sent != nil:
 				e.sent <- err
+			case err != nil:
+				j.drops.Add(1)
 			}
 		}
 	}()
@@ -61,15 +66,15 @@ func newJournal(send func(journalEntry) error) *journal {
 func (j *journal) send(e journalEntry) bool {
 	j.mu.RLock()
 	defer j.mu.RUnlock()
-	if j.closed {
-		return false
+	if !j.closed {
+		select {
+		case j.entries <- e:
+			return true
+		default:
+		}
 	}
-	select {
-	case j.entries <- e:
-		return true
-	default:
-		return false
-	}
+	j.drops.Add(1)
+	return false
 }
 
 // sendAndWait returns when journald has taken e.
