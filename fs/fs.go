@@ -1,13 +1,45 @@
 // Package fs shows sealed files as regular files to the kernel: a request comes
 // in, the caller is identified, the policy decides, the store lends plaintext,
 // and every failure has its errno. It is the only place that knows go-fuse.
+//
+// # What it promises
+//
+// Stat, lookup, readdir, readlink and statfs never wait for a key or a network.
+// Open is where access is decided, each time, and always ends: with a handle, or
+// with one of the errnos in the table of errno.go and one line in the log. A
+// reader sees one version of a file whole, never a mixture, never a short one,
+// never zeros. After [FS.Revoke] no process reads another byte.
+//
+// # Nodes
+//
+// A node of a sealed file has one content for life. When the source changes, its
+// path gets a new node; an open that still has the old one is answered ESTALE,
+// and the kernel looks the path up again by itself. Ids derive from what a node
+// stands for, so that a restarted daemon finds the same.
+//
+// # What is cached where
+//
+// The kernel keeps names and attributes for an hour and pages as long as it
+// likes; a watcher of the source tells it to drop what has changed. Plaintext in
+// the page cache is overwritten before it is dropped (see tree.scrub), in an
+// order in which nobody can read the zeros. What an open returns depends on none
+// of this: it looks at the source itself.
 package fs
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 
 	"kmsfs/internal/audit"
 	"kmsfs/internal/caller"
@@ -19,22 +51,22 @@ import (
 // Options say what to mount and how.
 type Options struct {
 	Tree        string   // name of the tree; part of what files are bound to
-	Source      *os.File // directory of the sealed files, opened before mounting
+	Source      *os.File // directory of the sealed files, opened before mounting; Mount keeps a duplicate
 	Mountpoint  string   // absolute
 	Device      *os.File // a /dev/fuse descriptor that is mounted already; nil: Mount mounts
 	AllowOther  bool
-	PageCache   bool // false: direct I/O, the kernel keeps no copy
-	SealedOnly  bool // hide plain files
-	OpenTimeout time.Duration
+	PageCache   bool          // false: direct I/O, the kernel keeps no copy
+	SealedOnly  bool          // hide plain files
+	OpenTimeout time.Duration // 0: ten seconds
 
 	Opener    *sealed.Opener
-	Plaintext store.Options // Mount builds the store; it sets Scrub, and Timeout to OpenTimeout if 0
-	Policy    *policy.Policy
+	Plaintext store.Options  // Mount builds the store; it sets Scrub, and Timeout from OpenTimeout if 0
+	Policy    *policy.Policy // nil: owner and mode decide
 	Caller    *caller.Reader
 	Audit     Auditor // nil: no record is kept
 	Log       *slog.Logger
 
-	// Changed is told the path of each sealed or plain file that was replaced, edited, created or
+	// Changed is told the path of each sealed or plain file that was replaced, edited or
 	// removed in the source, from a goroutine of its own. nil: nobody wants to know.
 	Changed func(path string)
 }
@@ -45,28 +77,59 @@ type Auditor interface {
 }
 
 // An FS is one mounted tree.
-type FS struct{}
+type FS struct{ t *tree }
 
 // Mount mounts the tree and serves it. When it returns, the kernel has been answered and
 // the mountpoint is usable. ctx limits the mounting only.
-func Mount(ctx context.Context, o Options) (*FS, error) { return &FS{}, nil }
+func Mount(ctx context.Context, o Options) (*FS, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("mount %s: %w", o.Mountpoint, err)
+	}
+	t, err := newTree(o)
+	if err != nil {
+		return nil, err
+	}
+	if err := t.mount(); err != nil {
+		t.free()
+		return nil, err
+	}
+	t.start()
+	return &FS{t: t}, nil
+}
 
 // Revoke ends all access: no process reads another byte through a descriptor or mapping it kept,
-// all plaintext is wiped, the mount is gone. With wait it first lets
-// open handles be closed, until ctx ends. It may be called more than once.
-func (f *FS) Revoke(ctx context.Context, wait bool) error { return nil }
+// all plaintext is wiped, the mount is gone. With wait it refuses new opens and first lets
+// open handles be closed, until ctx ends. It may be called more than once; a call
+// without wait ends the waiting of others. The error says what could not be done.
+func (f *FS) Revoke(ctx context.Context, wait bool) error { return f.t.revoke(ctx, wait) }
 
 // Done is closed when the mount is gone and nothing of it is left, for whatever reason.
-func (f *FS) Done() <-chan struct{} { return nil }
+func (f *FS) Done() <-chan struct{} { return f.t.done }
 
 // SetPolicy replaces the rules from the next open on; shown owners and modes follow.
-func (f *FS) SetPolicy(p *policy.Policy) {}
+func (f *FS) SetPolicy(p *policy.Policy) {
+	f.t.policy.Store(p)
+	server := f.t.server.Load()
+	for _, n := range f.t.table.all(func(n *node) bool { return n.kind == sealedFile || n.kind == plainFile }) {
+		server.InodeNotify(n.id, -1, 0) // attributes only
+	}
+}
 
 // Store is what holds the plaintext of this mount, for its counts and for Expire.
-func (f *FS) Store() *store.Store { return nil }
+func (f *FS) Store() *store.Store { return f.t.store }
 
 // Handles lists what is open now.
-func (f *FS) Handles() []Handle { return nil }
+func (f *FS) Handles() []Handle {
+	var all []Handle
+	for _, h := range f.t.handles.list() {
+		x := Handle{Path: h.node.path, Since: h.since}
+		if c := h.who; c != nil {
+			x.UID, x.PID, x.Exe, x.Unit = c.UID, c.PID, c.Exe, c.Unit
+		}
+		all = append(all, x)
+	}
+	return all
+}
 
 // A Handle is one open file description on the mount.
 type Handle struct {
@@ -76,4 +139,233 @@ type Handle struct {
 	Exe   string
 	Unit  string
 	Since time.Time
+}
+
+// A tree is a mount from the inside: the requests of the kernel are its methods.
+type tree struct {
+	o       Options
+	src     *source
+	store   *store.Store
+	policy  atomic.Pointer[policy.Policy]
+	table   *table
+	handles handles
+	dirs    dirHandles
+	headers headers
+	watch   *watcher
+	log     reporter
+	pins    atomic.Int32
+
+	server  atomic.Pointer[fuse.Server]
+	device  int           // a duplicate to ask whether the connection lives
+	dev     atomic.Uint64 // st_dev of the mount
+	mountID int           // 0: not to be seen from here
+	twin    int           // a detached copy of the mount, or -1; see holdTwin
+	mounts  *mountWatch
+	served  chan struct{} // closed when the connection has ended
+
+	refusing atomic.Bool   // no new opens
+	opens    gate          // opens being answered
+	replies  gate          // plaintext on its way to the kernel
+	now      chan struct{} // closed when access ends
+	nowOnce  sync.Once
+	endOnce  sync.Once
+	endErr   error
+	done     chan struct{}
+}
+
+var _ fuse.RawFileSystem = (*tree)(nil)
+
+const defaultOpenTimeout = 10 * time.Second
+
+func newTree(o Options) (*tree, error) {
+	if o.OpenTimeout <= 0 {
+		o.OpenTimeout = defaultOpenTimeout
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	src, err := newSource(o.Source)
+	if err != nil {
+		return nil, err
+	}
+	t := &tree{o: o, src: src, device: -1, twin: -1,
+		served: make(chan struct{}), now: make(chan struct{}), done: make(chan struct{})}
+	var st unix.Stat_t
+	if err := src.stat("", &st); err != nil {
+		src.close()
+		return nil, fmt.Errorf("stat source %s: %w", src.name, err)
+	}
+	root := newNode("", &st)
+	root.id, root.kind = rootID, directory
+	t.table = newTable(root)
+	t.policy.Store(o.Policy)
+	p := o.Plaintext
+	if p.Timeout == 0 {
+		p.Timeout = o.OpenTimeout * 9 / 10 // so that its error, which says more, comes first
+	}
+	p.Scrub = t.scrub
+	t.store = store.New(p)
+	t.watch = newWatcher(t)
+	return t, nil
+}
+
+// mount gets a mounted descriptor and answers the kernel's greeting on it.
+func (f *tree) mount() error {
+	fd, err := f.descriptor()
+	if err != nil {
+		return err
+	}
+	ours := f.o.Device == nil
+	if f.device, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err != nil {
+		_ = unix.Close(fd)
+		return fmt.Errorf("duplicate /dev/fuse: %w", err)
+	}
+	if err := f.locate(); err != nil {
+		_ = unix.Close(fd)
+		return err
+	}
+	f.twin = holdTwin(f.o.Mountpoint, f.mountID)
+	server, err := fuse.NewServer(f, "/dev/fd/"+strconv.Itoa(fd), f.serverOptions())
+	if err != nil {
+		if ours {
+			_ = f.detach()
+		}
+		return fmt.Errorf("greet the kernel: %w", err)
+	}
+	f.server.Store(server)
+	return nil
+}
+
+// descriptor returns a mounted /dev/fuse that the server may own.
+func (f *tree) descriptor() (int, error) {
+	if f.o.Device != nil {
+		fd, err := unix.FcntlInt(f.o.Device.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return -1, fmt.Errorf("duplicate the device: %w", err)
+		}
+		return fd, nil
+	}
+	if err := ClearStale(f.o.Mountpoint); err != nil {
+		return -1, err
+	}
+	if err := checkPlace(f.src, f.o.Mountpoint); err != nil {
+		return -1, err
+	}
+	return attach(&f.o, f.src.name)
+}
+
+func (f *tree) serverOptions() *fuse.MountOptions {
+	o := &fuse.MountOptions{
+		Name:               "kmsfs",
+		FsName:             f.src.name,
+		MaxWrite:           maxRead, // go-fuse uses it for READ as well
+		MaxBackground:      64,
+		DisableXAttrs:      true,
+		DisableReadDirPlus: true,
+		DisableSplice:      true, // it costs a pipe for each reply and copies
+		Logger:             slog.NewLogLogger(f.o.Log.Handler(), slog.LevelDebug),
+		PanicHandler: func(v any) fuse.Status {
+			f.o.Log.Error("a request handler panicked", "panic", fmt.Sprint(v))
+			return fuse.EIO
+		},
+		DisabledCapabilities: fuse.CAP_NO_OPEN_SUPPORT,
+	}
+	if !f.o.PageCache {
+		o.ExtraCapabilities = fuse.CAP_DIRECT_IO_ALLOW_MMAP
+	}
+	return o
+}
+
+func (f *tree) start() {
+	f.watch.start()
+	if f.mountID != 0 {
+		f.mounts = watchMounts(f)
+	}
+	go func() {
+		f.server.Load().Serve()
+		close(f.served)
+		_ = f.revoke(context.Background(), false)
+	}()
+}
+
+// free gives back what newTree and mount took.
+func (f *tree) free() {
+	for _, fd := range []int{f.device, f.twin} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+	f.device, f.twin = -1, -1
+	f.watch.close()
+	f.src.close()
+}
+
+// String names the file system.
+func (f *tree) String() string { return "kmsfs" }
+
+// Init is told the server by which the kernel is notified.
+func (f *tree) Init(s *fuse.Server) { f.server.Store(s) }
+
+// OnUnmount is of no interest: start sees the server end.
+func (f *tree) OnUnmount() {}
+
+// revoking reports that there are no new opens.
+func (f *tree) revoking() bool { return f.refusing.Load() }
+
+// ended reports that access has ended.
+func (f *tree) ended() bool {
+	select {
+	case <-f.now:
+		return true
+	default:
+		return false
+	}
+}
+
+// dead reports whether the kernel has ended the connection.
+func (f *tree) dead() bool {
+	fds := []unix.PollFd{{Fd: int32(f.device)}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n == 1 && fds[0].Revents&unix.POLLERR != 0
+}
+
+// report logs a failure, repeated ones rarely.
+func (f *tree) report(path string, no syscall.Errno, err error, hint string) {
+	missed, ok := f.log.due(failure{path, no}, time.Now())
+	if !ok {
+		return
+	}
+	args := []any{"path", path, "errno", unix.ErrnoName(no), "err", err}
+	if hint != "" {
+		args = append(args, "hint", hint)
+	}
+	if missed > 0 {
+		args = append(args, "not_logged", missed)
+	}
+	f.o.Log.Warn("cannot serve a file", args...)
+}
+
+func (f *tree) reportOpen(a *attempt, no syscall.Errno, err error, hint string) {
+	missed, ok := f.log.due(failure{a.n.path, no}, time.Now())
+	if !ok {
+		return
+	}
+	args := []any{"path", a.n.path, "errno", unix.ErrnoName(no), "err", err}
+	if c := a.caller; c != nil {
+		args = append(args, "uid", c.UID, "pid", c.PID, "exe", c.Exe, "unit", c.Unit)
+	}
+	if id := a.outcome.Trace.RequestID; id != "" {
+		args = append(args, "request_id", id)
+	}
+	if hint != "" {
+		args = append(args, "hint", hint)
+	}
+	if missed > 0 {
+		args = append(args, "not_logged", missed)
+	}
+	level := slog.LevelWarn
+	if errors.Is(err, errDenied) {
+		level = slog.LevelInfo
+	}
+	f.o.Log.Log(context.Background(), level, "open refused", args...)
 }

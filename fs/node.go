@@ -1,0 +1,284 @@
+package fs
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/internal/policy"
+)
+
+// rootID is the node the kernel knows without a lookup, fuse(4).
+const rootID = 1
+
+// A version tells the contents of one inode of the source apart.
+type version struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime int64 // nanoseconds since 1970
+}
+
+func versionOf(st *unix.Stat_t) version {
+	return version{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim.Nano(), ctime: st.Ctim.Nano()}
+}
+
+// sameInode ignores what changes with the content.
+func (v version) sameInode(o version) bool { return v.dev == o.dev && v.ino == o.ino }
+
+// sameContent ignores ctime, which also moves when a name of the inode goes.
+func (v version) sameContent(o version) bool {
+	o.ctime = v.ctime
+	return v == o
+}
+
+// clockTick is more than one tick of the coarse clock that file systems stamp
+// inodes with: within it two changes can bear the same times.
+const clockTick = 30 * time.Millisecond
+
+// settledAt reports whether a change made at now or later moves ctime.
+func (v version) settledAt(now time.Time) bool {
+	return now.UnixNano()-v.ctime > int64(clockTick)
+}
+
+// A kind is what a node is.
+type kind uint8
+
+const (
+	directory kind = iota + 1
+	symlink
+	plainFile  // shown as it is
+	sealedFile // shown as its plaintext
+)
+
+// A node is one thing the kernel has an id for. A sealed file and a link have
+// one content for life: when the source changes, the path gets a new node, and
+// OPEN on this one answers ESTALE, upon which the kernel looks the path up again.
+// Giving a node new content instead lets the kernel keep the old size with the
+// new bytes, because a late answer about attributes can overtake a notification.
+type node struct {
+	id     uint64
+	path   string // relative to the root, "" for the root
+	kind   kind
+	ver    version
+	mode   uint32 // of the source, with the file type
+	uid    uint32
+	gid    uint32
+	nlink  uint32
+	target string // of a link
+
+	size     atomic.Int64 // of the plaintext, or the upper bound while not exact
+	exact    atomic.Bool
+	pages    atomic.Bool   // the page cache may hold plaintext
+	scrubbed chan struct{} // gets a value when pages were overwritten
+	handles  atomic.Int64
+	retired  atomic.Bool // the path has another node
+
+	settled atomic.Bool                       // ver cannot stand for another content any more
+	digest  atomic.Pointer[[sha256.Size]byte] // of the sealed file
+	match   atomic.Pointer[matched]
+
+	pin     pin
+	listing listing // of a directory
+
+	lookups uint64 // how often the kernel was told; guarded by table.mu
+}
+
+type matched struct {
+	policy *policy.Policy
+	policy.Match
+}
+
+// standsFor reports whether n, found just now, is what o stands for.
+func (o *node) standsFor(n *node) bool {
+	if o.path != n.path || o.kind != n.kind || o.retired.Load() {
+		return false
+	}
+	if n.kind == directory || n.kind == plainFile {
+		return o.ver.sameInode(n.ver)
+	}
+	a, b := o.digest.Load(), n.digest.Load()
+	return o.ver == n.ver && (a == nil || b == nil || *a == *b)
+}
+
+// rule returns what p says about the node's path.
+func (n *node) rule(p *policy.Policy) *matched {
+	if m := n.match.Load(); m != nil && m.policy == p {
+		return m
+	}
+	m := &matched{policy: p, Match: p.Match(n.path)}
+	n.match.Store(m)
+	return m
+}
+
+// A pin keeps the inode of a file that was replaced a moment ago. As long as it
+// is set, the kernel asks for the name at every use, so an open of this node
+// follows a lookup that was right when it was answered: it gets that version
+// though the path may have moved on, as on any file system.
+type pin struct {
+	mu   sync.Mutex
+	fd   int // 0: none
+	free func()
+}
+
+// hold keeps a duplicate of fd for d and calls free when it is closed.
+func (p *pin) hold(fd int, d time.Duration, free func()) {
+	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		free()
+		return
+	}
+	p.mu.Lock()
+	p.fd, p.free = dup, free
+	p.mu.Unlock()
+	time.AfterFunc(d, p.drop)
+}
+
+// dup returns a descriptor of the pinned file.
+func (p *pin) dup() (int, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.fd == 0 {
+		return -1, false
+	}
+	fd, err := unix.FcntlInt(uintptr(p.fd), unix.F_DUPFD_CLOEXEC, 3)
+	return fd, err == nil
+}
+
+func (p *pin) held() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.fd != 0
+}
+
+func (p *pin) drop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.fd != 0 {
+		_ = unix.Close(p.fd)
+		p.free()
+		p.fd = 0
+	}
+}
+
+// A table knows the nodes the kernel knows, and which of them a path has now.
+type table struct {
+	mu      sync.RWMutex
+	nodes   map[uint64]*node
+	current map[string]*node
+}
+
+func newTable(root *node) *table {
+	root.lookups = 1 // the kernel never forgets it
+	return &table{nodes: map[uint64]*node{rootID: root}, current: map[string]*node{"": root}}
+}
+
+// get returns the node with this id, nil when the kernel should not know it.
+func (t *table) get(id uint64) *node {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.nodes[id]
+}
+
+// at returns the node path has now, nil when there is none.
+func (t *table) at(path string) *node {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.current[path]
+}
+
+// adopt counts one lookup of n, which may be new, and makes it the node of its
+// path. It returns the node to tell the kernel about, and the one n replaces.
+func (t *table) adopt(n *node) (now, before *node) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n.id == 0 {
+		for salt := uint64(0); ; salt++ {
+			n.id = nodeID(n, salt)
+			known := t.nodes[n.id]
+			if known == nil {
+				break
+			}
+			if known.standsFor(n) {
+				n = known // two lookups at once
+				break
+			}
+		}
+	}
+	before = t.current[n.path]
+	t.nodes[n.id], t.current[n.path] = n, n
+	n.lookups++
+	n.retired.Store(false)
+	if before == n {
+		return n, nil
+	}
+	if before != nil {
+		before.retired.Store(true)
+	}
+	return n, before
+}
+
+// forget takes back count lookups. It returns the node when the kernel does not
+// know it any more.
+func (t *table) forget(id, count uint64) *node {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.nodes[id]
+	if n == nil || id == rootID {
+		return nil
+	}
+	if n.lookups -= min(count, n.lookups); n.lookups > 0 {
+		return nil
+	}
+	delete(t.nodes, id)
+	if t.current[n.path] == n {
+		delete(t.current, n.path)
+	}
+	return n
+}
+
+// retire says that n is not what its path leads to any more. It reports false
+// when that was known.
+func (t *table) retire(n *node) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.current[n.path] == n && n.id != rootID {
+		delete(t.current, n.path)
+	}
+	return !n.retired.Swap(true)
+}
+
+// all returns the nodes for which pick is true.
+func (t *table) all(pick func(*node) bool) []*node {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var list []*node
+	for _, n := range t.nodes {
+		if pick(n) {
+			list = append(list, n)
+		}
+	}
+	return list
+}
+
+// nodeID derives the id from what the node stands for, so that a successor of
+// this process finds the same. For a directory that is the inode alone.
+func nodeID(n *node, salt uint64) uint64 {
+	v := n.ver
+	if n.kind == directory || n.kind == plainFile {
+		v = version{dev: v.dev, ino: v.ino}
+	}
+	b := make([]byte, 0, 64+len(n.path))
+	for _, x := range []uint64{v.dev, v.ino, uint64(v.size), uint64(v.mtime), uint64(v.ctime), uint64(n.kind), salt} {
+		b = binary.LittleEndian.AppendUint64(b, x)
+	}
+	sum := sha256.Sum256(append(b, n.path...))
+	id := binary.LittleEndian.Uint64(sum[:])
+	if id <= rootID || id == ^uint64(0) { // the last is go-fuse's own
+		return nodeID(n, salt+1<<32)
+	}
+	return id
+}

@@ -1,0 +1,484 @@
+package fs
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/internal/audit"
+	"kmsfs/internal/keyring"
+	"kmsfs/internal/policy"
+	"kmsfs/internal/sealed"
+	"kmsfs/internal/secmem"
+	"kmsfs/internal/store"
+)
+
+// Open is the only place where access is decided. It never answers ENOSYS, which would
+// make the kernel stop asking. An open that is answered with a handle is on record.
+func (f *tree) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	n := f.table.get(in.NodeId)
+	if n == nil {
+		return fuse.Status(syscall.ESTALE)
+	}
+	if in.Flags&unix.O_ACCMODE != unix.O_RDONLY {
+		return fuse.EROFS
+	}
+	if f.revoking() || !f.opens.enter() {
+		return fuse.Status(syscall.ENOKEY)
+	}
+	defer f.opens.leave()
+	a := attempt{f: f, n: n, begun: time.Now()}
+	a.wait = wait{f: f, cancel: cancel, tid: in.Pid, until: a.begun.Add(f.o.OpenTimeout)}
+	defer a.wait.stop()
+	h, err := a.open(in)
+	if err != nil {
+		return fuse.Status(a.failed(err))
+	}
+	out.Fh = f.handles.add(h)
+	switch {
+	case n.kind == plainFile:
+		out.OpenFlags = fuse.FOPEN_NOFLUSH
+	case f.o.PageCache:
+		out.OpenFlags = fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_NOFLUSH
+	default:
+		out.OpenFlags = fuse.FOPEN_DIRECT_IO | fuse.FOPEN_NOFLUSH
+	}
+	return fuse.OK
+}
+
+// An attempt is one open from the request to the record.
+type attempt struct {
+	f        *tree
+	n        *node
+	begun    time.Time
+	wait     wait
+	caller   *policy.Caller
+	decision policy.Decision
+	outcome  store.Outcome
+}
+
+func (a *attempt) open(in *fuse.OpenIn) (*handle, error) {
+	f, n := a.f, a.n
+	rules := f.policy.Load()
+	rule := n.rule(rules)
+	var err error
+	if a.caller, err = f.o.Caller.Read(in.Uid, in.Gid, in.Pid, rule.Need); err != nil {
+		return nil, err
+	}
+	a.decision = rules.Decide(rule.Match, a.caller, a.begun)
+	switch n.kind {
+	case plainFile:
+		return a.openPlain()
+	case sealedFile:
+		return a.openSealed(rule)
+	}
+	return nil, syscall.EINVAL
+}
+
+func (a *attempt) openSealed(rule *matched) (*handle, error) {
+	f, n := a.f, a.n
+	if !a.decision.Allow {
+		return nil, errDenied
+	}
+	if !f.isCurrent(n) {
+		return nil, errStale
+	}
+	p, outcome, err := f.store.Open(&a.wait, n.id, func(ctx context.Context) (*secmem.Buffer, error) {
+		return f.load(ctx, n, rule)
+	})
+	a.outcome = outcome
+	if err != nil {
+		return nil, err
+	}
+	if err := f.learnSize(n, int64(p.Size())); err != nil {
+		p.Close()
+		return nil, err
+	}
+	if err := a.record("allowed", 0); err != nil {
+		p.Close()
+		return nil, fmt.Errorf("%w: %w", errNotKept, err)
+	}
+	n.handles.Add(1)
+	return &handle{node: n, plaintext: p, fd: -1, who: a.caller, since: a.begun}, nil
+}
+
+// openPlain opens a file that is shown as it is. A rule that names it decides;
+// where none does, owner and mode have.
+func (a *attempt) openPlain() (*handle, error) {
+	f, n := a.f, a.n
+	if !a.decision.Allow && a.decision.Rule != "default" {
+		return nil, errDenied
+	}
+	fd, err := f.src.open(n.path, unix.O_RDONLY)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", n.path, err)
+	}
+	var st unix.Stat_t
+	err = unix.Fstat(fd, &st)
+	if err == nil && !n.ver.sameInode(versionOf(&st)) {
+		err = errStale
+	}
+	if err == nil {
+		err = f.stillPlain(fd, &st)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	n.handles.Add(1)
+	return &handle{node: n, fd: fd, who: a.caller, since: a.begun}, nil
+}
+
+// stillPlain fails with errStale when a plain file was sealed in place.
+func (f *tree) stillPlain(fd int, st *unix.Stat_t) error {
+	v := versionOf(st)
+	now := time.Now()
+	hd, ok := f.headers.get(v)
+	if !ok {
+		var err error
+		if hd, err = parseHeader(fd, st.Size); err != nil {
+			return err
+		}
+		if v.settledAt(now) {
+			f.headers.put(v, hd)
+		}
+	}
+	if hd.sealed {
+		return errStale
+	}
+	return nil
+}
+
+// isCurrent reports whether n may be opened: its path leads to the file it
+// stands for, or did so at the lookup this open follows. If not, it sees to it
+// that the path gets another node.
+func (f *tree) isCurrent(n *node) bool {
+	var st unix.Stat_t
+	err := f.src.stat(n.path, &st)
+	if err == nil && versionOf(&st) == n.ver && f.isSettled(n) {
+		return true
+	}
+	if n.pin.held() {
+		return true
+	}
+	f.retire(n)
+	return false
+}
+
+// load decrypts the file n stands for. What is read is read whole before it is
+// opened, so that a writer cannot come between header and payload.
+func (f *tree) load(ctx context.Context, n *node, rule *matched) (*secmem.Buffer, error) {
+	fd, pinned := n.pin.dup()
+	if !pinned {
+		var err error
+		if fd, err = f.src.open(n.path, unix.O_RDONLY); err != nil {
+			return nil, fmt.Errorf("open sealed file %s: %w", n.path, err)
+		}
+	}
+	defer unix.Close(fd)
+	b, err := f.readVersion(fd, n)
+	if err != nil {
+		return nil, err
+	}
+	place := keyring.Context{"tree": f.o.Tree, "path": n.path}
+	return f.o.Opener.Open(ctx, bytes.NewReader(b), int64(len(b)), place, rule.Context)
+}
+
+// readVersion reads the sealed file that fd refers to, or fails with errStale
+// when it is not exactly what n stands for.
+func (f *tree) readVersion(fd int, n *node) ([]byte, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("stat sealed file %s: %w", n.path, err)
+	}
+	if !versionOf(&st).sameContent(n.ver) {
+		return nil, errStale
+	}
+	if most := f.o.Opener.MaxFile; most > 0 && n.exact.Load() && n.size.Load() > most {
+		return nil, fmt.Errorf("%s: %d bytes of plaintext, max_file is %d: %w", n.path, n.size.Load(), most, sealed.ErrTooLarge)
+	}
+	b, err := readAll(fd, st.Size)
+	if err != nil {
+		return nil, fmt.Errorf("read sealed file %s: %w", n.path, err)
+	}
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("stat sealed file %s: %w", n.path, err)
+	}
+	sum := sha256.Sum256(b)
+	known := n.digest.Load()
+	if !versionOf(&st).sameContent(n.ver) || known != nil && *known != sum {
+		return nil, errStale
+	}
+	n.digest.Store(&sum)
+	return b, nil
+}
+
+// learnSize notes the size of a KMS blob, which is known only now. Any other
+// size was exact from the start, and a plaintext that has another is not served.
+func (f *tree) learnSize(n *node, size int64) error {
+	if n.exact.Load() {
+		if n.size.Load() != size {
+			return fmt.Errorf("%s: %d bytes of plaintext where the header promised %d", n.path, size, n.size.Load())
+		}
+		return nil
+	}
+	n.size.Store(size)
+	n.exact.Store(true)
+	if n.settled.Load() {
+		f.headers.put(n.ver, header{sealed: true, size: size, exact: true})
+	}
+	return nil
+}
+
+// failed records and logs why the open failed and returns its errno.
+func (a *attempt) failed(err error) syscall.Errno {
+	f := a.f
+	if f.revoking() {
+		err = errRevoked
+	}
+	no, hint := errno(err)
+	if no == syscall.ESTALE { // the kernel asks again by itself
+		f.o.Log.Debug("open: replaced meanwhile", "path", a.n.path)
+		return no
+	}
+	outcome := "failed"
+	if errors.Is(err, errDenied) {
+		outcome = "denied"
+		err = fmt.Errorf("%w: %s: %s", err, a.decision.Rule, a.decision.Reason)
+	}
+	if err := a.record(outcome, no); err != nil {
+		f.report(a.n.path, syscall.EIO, fmt.Errorf("%w: %w", errNotKept, err), "")
+	}
+	if no != syscall.EINTR {
+		f.reportOpen(a, no, err, hint)
+	}
+	return no
+}
+
+func (a *attempt) record(outcome string, no syscall.Errno) error {
+	f := a.f
+	if f.o.Audit == nil || a.n.kind == plainFile && outcome == "allowed" {
+		return nil
+	}
+	r := audit.Record{
+		Event: "open", Tree: f.o.Tree, Path: a.n.path,
+		Rule: a.decision.Rule, Reason: a.decision.Reason, Outcome: outcome,
+		CMK: a.outcome.Trace.Key, RequestID: a.outcome.Trace.RequestID, Cached: a.outcome.Cached,
+		Latency: time.Since(a.begun),
+	}
+	if a.outcome.Stale && outcome == "allowed" {
+		r.Outcome = "stale"
+	}
+	if sum := a.n.digest.Load(); sum != nil {
+		r.Digest = "sha256:" + hex.EncodeToString(sum[:])
+	}
+	if no != 0 {
+		r.Errno = unix.ErrnoName(no)
+	}
+	if c := a.caller; c != nil {
+		r.UID, r.GID, r.PID, r.Exe, r.Comm = c.UID, c.GID, c.PID, c.Exe, c.Comm
+		r.Unit, r.Container = c.Unit, c.Container
+	}
+	return f.o.Audit.Append(&a.wait, r)
+}
+
+// A handle is one open file description.
+type handle struct {
+	node      *node
+	plaintext *store.Handle // of a sealed file
+	fd        int           // of a plain file, else -1
+	who       *policy.Caller
+	since     time.Time
+}
+
+// handles are numbered; a number is never used twice.
+type handles struct {
+	mu   sync.RWMutex
+	open map[uint64]*handle
+	last uint64
+	none chan struct{} // closed when open is empty; nil while nobody waits
+}
+
+func (t *handles) add(h *handle) uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.open == nil {
+		t.open = make(map[uint64]*handle)
+	}
+	t.last++
+	t.open[t.last] = h
+	return t.last
+}
+
+func (t *handles) get(fh uint64) *handle {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.open[fh]
+}
+
+func (t *handles) take(fh uint64) *handle {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	h := t.open[fh]
+	delete(t.open, fh)
+	if len(t.open) == 0 && t.none != nil {
+		close(t.none)
+		t.none = nil
+	}
+	return h
+}
+
+// empty returns a channel that is closed when nothing is open.
+func (t *handles) empty() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.none == nil {
+		t.none = make(chan struct{})
+		if len(t.open) == 0 {
+			none := t.none
+			t.none = nil
+			close(none)
+			return none
+		}
+	}
+	return t.none
+}
+
+func (t *handles) list() []*handle {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	all := make([]*handle, 0, len(t.open))
+	for _, h := range t.open {
+		all = append(all, h)
+	}
+	return all
+}
+
+// Read lends bytes of an open file to the kernel. Plaintext goes from locked
+// memory straight to the device; dest is the server's pooled memory, which is
+// never cleared, and gets bytes of plain files only.
+func (f *tree) Read(_ <-chan struct{}, in *fuse.ReadIn, dest []byte) (fuse.ReadResult, fuse.Status) {
+	h := f.handles.get(in.Fh)
+	if h == nil {
+		return nil, fuse.EBADF
+	}
+	if h.plaintext == nil {
+		return readPlain(h.fd, dest[:min(int(in.Size), len(dest))], int64(in.Offset))
+	}
+	if !f.replies.enter() {
+		return nil, fuse.Status(syscall.ENOKEY)
+	}
+	h.node.pages.Store(true)
+	b, done, err := h.plaintext.Lend(int64(in.Offset), int(in.Size))
+	if err != nil {
+		f.replies.leave()
+		no, _ := errno(err)
+		return nil, fuse.Status(no)
+	}
+	return &loan{bytes: [1][]byte{b}, done: done, replies: &f.replies}, fuse.OK
+}
+
+func readPlain(fd int, dest []byte, off int64) (fuse.ReadResult, fuse.Status) {
+	for {
+		n, err := unix.Pread(fd, dest, off)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return nil, fuse.ToStatus(err)
+		}
+		return fuse.ReadResultData(dest[:n]), fuse.OK
+	}
+}
+
+// A loan is a reply that lends locked memory. It has Slices because go-fuse
+// calls Done of a result without it before the bytes are written.
+type loan struct {
+	bytes   [1][]byte
+	done    func()
+	replies *gate
+}
+
+var _ fuse.ReadResult = (*loan)(nil)
+
+// Size implements [fuse.ReadResult].
+func (l *loan) Size() int { return len(l.bytes[0]) }
+
+// Bytes implements [fuse.ReadResult]. It ignores the buffer.
+func (l *loan) Bytes([]byte) ([]byte, fuse.Status) { return l.bytes[0], fuse.OK }
+
+// Slices returns what writev sends.
+func (l *loan) Slices() ([][]byte, fuse.Status) { return l.bytes[:], fuse.OK }
+
+// Done gives the bytes back when the reply has been written.
+func (l *loan) Done() {
+	l.done()
+	l.replies.leave()
+}
+
+// Release closes a handle, after the last descriptor and mapping of it.
+func (f *tree) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
+	if h := f.handles.take(in.Fh); h != nil {
+		f.closeHandle(h)
+	}
+}
+
+func (f *tree) closeHandle(h *handle) {
+	left := h.node.handles.Add(-1)
+	if h.plaintext == nil {
+		_ = unix.Close(h.fd)
+		return
+	}
+	h.plaintext.Close()
+	if left == 0 && h.node.retired.Load() {
+		f.store.Drop(h.node.id)
+	}
+}
+
+// A gate counts what is on its way and can be closed to more.
+type gate struct {
+	mu     sync.Mutex
+	n      int
+	closed bool
+	idle   chan struct{}
+}
+
+func (g *gate) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return false
+	}
+	g.n++
+	return true
+}
+
+func (g *gate) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.n--; g.n == 0 && g.closed {
+		close(g.idle)
+	}
+}
+
+// close lets nothing more in; the channel is closed when nothing is left inside.
+func (g *gate) close() <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.closed {
+		g.closed, g.idle = true, make(chan struct{})
+		if g.n == 0 {
+			close(g.idle)
+		}
+	}
+	return g.idle
+}

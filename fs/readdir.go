@@ -1,0 +1,202 @@
+package fs
+
+import (
+	"encoding/binary"
+	"errors"
+	"path"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// A listing is what the kernel may have cached of a directory: the names as they
+// were at ver, read when ver could not stand for another content any more.
+type listing struct {
+	mu     sync.Mutex
+	ver    version
+	known  bool
+	change uint64 // the watcher's count of changes below
+}
+
+func (l *listing) set(ver version, known bool, change uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ver, l.known, l.change = ver, known, change
+}
+
+func (l *listing) holds(ver version, change uint64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.known && l.ver == ver && l.change == change
+}
+
+// A dirHandle is one open directory; its entries are read at offset 0.
+type dirHandle struct {
+	node    *node
+	mu      sync.Mutex
+	entries []fuse.DirEntry
+}
+
+type dirHandles struct {
+	mu   sync.Mutex
+	open map[uint64]*dirHandle
+	last uint64
+}
+
+// OpenDir lets the kernel answer from its own list of names when nothing has
+// changed since it got it.
+func (f *tree) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	n := f.table.get(in.NodeId)
+	if n == nil || n.kind != directory {
+		return fuse.Status(syscall.ESTALE)
+	}
+	if f.ended() {
+		return fuse.Status(syscall.ENOKEY)
+	}
+	f.watch.add(n.path)
+	change := f.watch.changes(n.path)
+	var st unix.Stat_t
+	if err := f.src.stat(n.path, &st); err != nil || !n.ver.sameInode(versionOf(&st)) {
+		return fuse.Status(syscall.ESTALE)
+	}
+	out.OpenFlags = fuse.FOPEN_CACHE_DIR
+	if n.listing.holds(versionOf(&st), change) {
+		out.OpenFlags |= fuse.FOPEN_KEEP_CACHE
+	}
+	f.dirs.mu.Lock()
+	defer f.dirs.mu.Unlock()
+	if f.dirs.open == nil {
+		f.dirs.open = make(map[uint64]*dirHandle)
+	}
+	f.dirs.last++
+	f.dirs.open[f.dirs.last] = &dirHandle{node: n}
+	out.Fh = f.dirs.last
+	return fuse.OK
+}
+
+// ReleaseDir closes a directory.
+func (f *tree) ReleaseDir(in *fuse.ReleaseIn) {
+	f.dirs.mu.Lock()
+	defer f.dirs.mu.Unlock()
+	delete(f.dirs.open, in.Fh)
+}
+
+// ReadDir lists names. Names are not secret; which of them are shown may depend
+// on the head of the file, never on a key.
+func (f *tree) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	f.dirs.mu.Lock()
+	d := f.dirs.open[in.Fh]
+	f.dirs.mu.Unlock()
+	if d == nil {
+		return fuse.EBADF
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if in.Offset == 0 {
+		entries, err := f.list(d.node)
+		if err != nil {
+			return fuse.Status(f.readdirFailed(d.node, err))
+		}
+		d.entries = entries
+	}
+	for i := int(min(in.Offset, uint64(len(d.entries)))); i < len(d.entries); i++ {
+		if !out.AddDirEntry(d.entries[i]) {
+			break
+		}
+	}
+	return fuse.OK
+}
+
+func (f *tree) readdirFailed(n *node, err error) syscall.Errno {
+	if gone(err) {
+		return syscall.ESTALE
+	}
+	var no syscall.Errno
+	if !errors.As(err, &no) {
+		no = syscall.EIO
+	}
+	f.report(n.path, no, err, "")
+	return no
+}
+
+// list reads the names in n that are shown.
+func (f *tree) list(n *node) ([]fuse.DirEntry, error) {
+	now := time.Now()
+	change := f.watch.changes(n.path)
+	fd, err := f.src.open(n.path, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	entries := []fuse.DirEntry{
+		{Name: ".", Ino: st.Ino, Mode: unix.S_IFDIR, Off: 1},
+		{Name: "..", Mode: unix.S_IFDIR, Off: 2},
+	}
+	buf := make([]byte, 32<<10)
+	for {
+		l, err := unix.Getdents(fd, buf)
+		if err != nil {
+			return nil, err
+		}
+		if l <= 0 {
+			break
+		}
+		for rest := buf[:l]; len(rest) > 0; {
+			var e fuse.DirEntry
+			e, rest = nextDirent(rest)
+			if e.Name == "." || e.Name == ".." || e.Ino == 0 {
+				continue
+			}
+			if mode, ok := f.shown(path.Join(n.path, e.Name), e.Mode); ok {
+				e.Mode, e.Off = mode, uint64(len(entries)+1)
+				entries = append(entries, e)
+			}
+		}
+	}
+	v := versionOf(&st)
+	n.listing.set(v, v.settledAt(now), change)
+	return entries, nil
+}
+
+// shown reports whether p, of the given file type or 0, is visible, and its type.
+func (f *tree) shown(p string, mode uint32) (uint32, bool) {
+	switch {
+	case mode == unix.S_IFDIR, mode == unix.S_IFREG && !f.o.SealedOnly:
+		return mode, true
+	case mode == 0, mode == unix.S_IFREG, mode == unix.S_IFLNK:
+		n, err := f.find(p, false)
+		if err != nil {
+			return 0, false
+		}
+		return n.mode & unix.S_IFMT, true
+	}
+	return 0, false
+}
+
+// nextDirent takes one entry of getdents64(2) off b.
+func nextDirent(b []byte) (e fuse.DirEntry, rest []byte) {
+	// ino 8, off 8, reclen 2, type 1, name
+	const head = 19
+	if len(b) < head {
+		return e, nil
+	}
+	ino, length := binary.NativeEndian.Uint64(b), int(binary.NativeEndian.Uint16(b[16:]))
+	if length < head || length > len(b) {
+		return e, nil
+	}
+	name := b[head:length]
+	for i, c := range name {
+		if c == 0 {
+			name = name[:i]
+			break
+		}
+	}
+	return fuse.DirEntry{Ino: ino, Mode: uint32(b[18]) << 12, Name: string(name)}, b[length:]
+}

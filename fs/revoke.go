@@ -1,0 +1,352 @@
+package fs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// How long each step of a revocation may take. Together they stay under a second.
+const (
+	drainTimeout      = 200 * time.Millisecond
+	invalidateTimeout = 350 * time.Millisecond
+	wipeTimeout       = 200 * time.Millisecond
+	goneTimeout       = time.Second // after the connection was aborted
+)
+
+// zeros is what plaintext pages are overwritten with.
+var zeros [maxRead]byte
+
+// scrub overwrites and drops the pages the kernel has of a node. The store calls it
+// when nobody has the node open, and lets nobody open it meanwhile: no reader can see
+// the zeros. A node that has been forgotten has no pages.
+func (f *tree) scrub(id uint64) {
+	n := f.table.get(id)
+	if n == nil || !n.pages.Load() {
+		return
+	}
+	f.overwrite(n)
+	n.pages.Store(false)
+	select {
+	case n.scrubbed <- struct{}{}:
+	default:
+	}
+}
+
+func (f *tree) overwrite(n *node) {
+	server := f.server.Load()
+	size := n.size.Load() // never beyond it: that would make the file longer
+	for off := int64(0); off < size; off += int64(len(zeros)) {
+		if server.InodeNotifyStoreCache(n.id, off, zeros[:min(size-off, int64(len(zeros)))]) != fuse.OK {
+			break
+		}
+	}
+	server.InodeNotify(n.id, 0, 0)
+}
+
+// revoke is [FS.Revoke].
+func (f *tree) revoke(ctx context.Context, wait bool) error {
+	f.refusing.Store(true)
+	if wait {
+		select {
+		case <-f.handles.empty():
+		case <-ctx.Done():
+		case <-f.now:
+		}
+	}
+	f.nowOnce.Do(func() { close(f.now) })
+	f.endOnce.Do(func() { f.endErr = f.end() })
+	<-f.done
+	return f.endErr
+}
+
+// end takes everything away. The order matters: pages outlive the connection, so
+// the kernel must be told to drop them before it is aborted; and no new page may
+// come after that, so replies are stopped and drained first.
+func (f *tree) end() error {
+	defer close(f.done)
+	f.watch.close()
+	drained := f.drain()
+	invalidated := f.invalidate(drained)
+
+	ctx, cancel := context.WithTimeout(context.Background(), wipeTimeout)
+	defer cancel()
+	wiped := f.store.Revoke(ctx)
+
+	detached := f.detach()
+	if f.mounts != nil {
+		f.mounts.stop()
+	}
+	aborted := f.abort()
+	f.closeHandles()
+	f.free()
+	return errors.Join(invalidated, wiped, detached, aborted)
+}
+
+// drain stops opens and replies and waits for those under way. It reports whether
+// all have ended, so that who has a file open is known for good.
+func (f *tree) drain() bool {
+	late := time.NewTimer(drainTimeout)
+	defer late.Stop()
+	for _, idle := range []<-chan struct{}{f.replies.close(), f.opens.close()} {
+		select {
+		case <-idle:
+		case <-late.C:
+			return false
+		}
+	}
+	return true
+}
+
+// invalidate drops every page with plaintext from the kernel. What nobody has open is
+// overwritten before. Who has a file open must not read zeros: he gets an error.
+func (f *tree) invalidate(drained bool) error {
+	select {
+	case <-f.served: // nobody listens any more
+		return nil
+	default:
+	}
+	server := f.server.Load()
+	var held, free []*node
+	for _, n := range f.table.all(func(n *node) bool { return n.pages.Load() }) {
+		if !drained || n.handles.Load() > 0 {
+			held = append(held, n)
+		} else {
+			free = append(free, n)
+		}
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for _, n := range held {
+			server.InodeNotify(n.id, 0, 0)
+		}
+		for _, n := range free {
+			f.overwrite(n)
+		}
+	}()
+	select {
+	case <-ended:
+		return nil
+	case <-f.served:
+		return nil
+	case <-time.After(invalidateTimeout):
+		return fmt.Errorf("drop %d files from the page cache: %w", len(held)+len(free), context.DeadlineExceeded)
+	}
+}
+
+// detach takes our mount, and no other, out of the namespace.
+func (f *tree) detach() error {
+	if f.mountID == 0 {
+		return nil
+	}
+	all, err := readMounts("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	for _, m := range all {
+		if m.id != f.mountID || m.dev != f.dev.Load() {
+			continue
+		}
+		if top, ok := topMount(all, m.point); !ok || top.id != m.id {
+			return fmt.Errorf("unmount %s: another mount lies over it", m.point)
+		}
+		err := unix.Unmount(m.point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EPERM) {
+			err = unmountUnprivileged(m.point)
+		}
+		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) { // gone meanwhile
+			return fmt.Errorf("unmount %s: %w", m.point, err)
+		}
+	}
+	return nil
+}
+
+func unmountUnprivileged(point string) error {
+	helper, err := lookHelper()
+	if err != nil {
+		return err
+	}
+	return runHelper(helper, nil, "-u", "-z", "-q", "--", point)
+}
+
+// abort ends the connection, so that whoever still has a descriptor gets errors,
+// and waits for the server to end.
+func (f *tree) abort() error {
+	select {
+	case <-f.served:
+		return nil
+	default:
+	}
+	// The last mount may be the twin: then this destroys the file system, and aborts.
+	if f.twin >= 0 {
+		_ = unix.Close(f.twin)
+		f.twin = -1
+	}
+	err := abortConnection(f.dev.Load())
+	select {
+	case <-f.served:
+		return nil
+	case <-time.After(goneTimeout):
+		return errors.Join(err, fmt.Errorf("the connection to the kernel did not end"))
+	}
+}
+
+// abortConnection asks the kernel's control file system, where it is mounted or
+// on a private mount.
+func abortConnection(dev uint64) error {
+	name := strconv.FormatUint(uint64(unix.Minor(dev)), 10) + "/abort"
+	err := os.WriteFile("/sys/fs/fuse/connections/"+name, []byte("1"), 0)
+	if err == nil {
+		return nil
+	}
+	ctl, e := mountControl()
+	if e != nil {
+		return fmt.Errorf("abort the connection: %w", errors.Join(err, e))
+	}
+	defer unix.Close(ctl)
+	fd, e := unix.Openat(ctl, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if e != nil {
+		if errors.Is(e, unix.ENOENT) { // it has ended
+			return nil
+		}
+		return fmt.Errorf("abort the connection: %w", e)
+	}
+	defer unix.Close(fd)
+	if _, e := unix.Write(fd, []byte("1")); e != nil {
+		return fmt.Errorf("abort the connection: %w", e)
+	}
+	return nil
+}
+
+// mountControl returns the root of the fusectl file system without mounting it anywhere.
+func mountControl() (int, error) {
+	ctx, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsopen fusectl: %w", err)
+	}
+	defer unix.Close(ctx)
+	if err := unix.FsconfigCreate(ctx); err != nil {
+		return -1, fmt.Errorf("fsconfig fusectl: %w", err)
+	}
+	fd, err := unix.Fsmount(ctx, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("fsmount fusectl: %w", err)
+	}
+	return fd, nil
+}
+
+// closeHandles closes what the kernel will not release any more.
+func (f *tree) closeHandles() {
+	f.handles.mu.Lock()
+	open := f.handles.open
+	f.handles.open = nil
+	f.handles.mu.Unlock()
+	for _, h := range open {
+		f.closeHandle(h)
+	}
+	for _, n := range f.table.all(func(*node) bool { return true }) {
+		f.unpin(n)
+	}
+}
+
+// locate finds our mount in the mount table: the uppermost at the mountpoint,
+// which was looked at before anybody could cover it.
+func (f *tree) locate() error {
+	all, err := readMounts("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	m, ok := topMount(all, f.o.Mountpoint)
+	if !ok || m.kind != mountType {
+		if f.o.Device != nil {
+			f.o.Log.Warn("the mount is not to be seen from here: an unmount by hand will go unnoticed", "mountpoint", f.o.Mountpoint)
+			return nil
+		}
+		return fmt.Errorf("mount %s: it is not in the mount table", f.o.Mountpoint)
+	}
+	f.mountID = m.id
+	f.dev.Store(m.dev)
+	return nil
+}
+
+// holdTwin returns a detached copy of the mount, or -1. As long as it exists the
+// file system outlives its mountpoint: when somebody unmounts that by hand there is
+// time to overwrite pages before they are freed.
+func holdTwin(point string, mountID int) int {
+	if mountID == 0 {
+		return -1
+	}
+	fd, err := unix.OpenTree(unix.AT_FDCWD, point, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return -1
+	}
+	return fd
+}
+
+// A mountWatch revokes when the mount is taken out of the namespace by hand: the
+// kernel keeps serving those who still have a file open.
+type mountWatch struct {
+	wake  int // eventfd(2)
+	once  sync.Once
+	ended chan struct{}
+}
+
+func watchMounts(f *tree) *mountWatch {
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		f.o.Log.Warn("cannot watch the mount table: an unmount by hand will go unnoticed", "err", err)
+		return nil
+	}
+	w := &mountWatch{wake: wake, ended: make(chan struct{})}
+	table, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		_ = unix.Close(wake)
+		f.o.Log.Warn("cannot watch the mount table: an unmount by hand will go unnoticed", "err", err)
+		return nil
+	}
+	go w.run(f, table)
+	return w
+}
+
+func (w *mountWatch) run(f *tree, table int) {
+	defer close(w.ended)
+	defer unix.Close(table)
+	for f.mounted() {
+		fds := []unix.PollFd{{Fd: int32(table), Events: unix.POLLPRI}, {Fd: int32(w.wake), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, -1); err != nil && err != unix.EINTR || fds[1].Revents != 0 {
+			return
+		}
+	}
+	f.o.Log.Info("unmounted by hand: revoking", "mountpoint", f.o.Mountpoint)
+	go func() { _ = f.revoke(context.Background(), false) }()
+}
+
+func (w *mountWatch) stop() {
+	w.once.Do(func() {
+		_, _ = unix.Write(w.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+		<-w.ended
+		_ = unix.Close(w.wake)
+	})
+}
+
+// mounted reports whether our mount is still in the namespace.
+func (f *tree) mounted() bool {
+	all, err := readMounts("/proc/self/mountinfo")
+	if err != nil {
+		return true
+	}
+	for _, m := range all {
+		if m.id == f.mountID && m.dev == f.dev.Load() {
+			return true
+		}
+	}
+	return false
+}

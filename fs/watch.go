@@ -1,0 +1,365 @@
+package fs
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A watcher tells the kernel early that something in the source has changed.
+// What an open returns never depends on it: it only lets the kernel keep
+// attributes and names for long. It watches directories the kernel has asked about.
+type watcher struct {
+	f  *tree
+	in *os.File // inotify(7); nil where it is of no use
+
+	mu   sync.RWMutex
+	dirs map[string]*watched
+	byWD map[int32][]*watched
+	full bool // the limit was hit and logged
+
+	queue   work // of paths to look at
+	changed work // of paths to tell Options.Changed
+}
+
+type watched struct {
+	path    string
+	wd      int32
+	changes atomic.Uint64
+}
+
+const watchMask = unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_CLOSE_WRITE | unix.IN_CREATE | unix.IN_DELETE |
+	unix.IN_ATTRIB | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ONLYDIR
+
+// recheckAfter is when a changed path is looked at for the second time: a lookup
+// that was answered while the change happened may tell the kernel after us.
+const recheckAfter = 100 * time.Millisecond
+
+func newWatcher(f *tree) *watcher {
+	w := &watcher{f: f, dirs: make(map[string]*watched), byWD: make(map[int32][]*watched)}
+	w.queue.init()
+	w.changed.init()
+	if remote(f.src.fd) {
+		f.o.Log.Info("source is on a network file system: changes are found by asking, not by watching", "source", f.src.name)
+		return w
+	}
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		f.o.Log.Warn("cannot watch the source: attributes are kept for a second only", "err", err)
+		return w
+	}
+	w.in = os.NewFile(uintptr(fd), "inotify")
+	return w
+}
+
+// remote reports whether others may change the file system of fd unseen.
+func remote(fd int) bool {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return true
+	}
+	switch uint32(st.Type) {
+	case unix.NFS_SUPER_MAGIC, unix.SMB_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.FUSE_SUPER_MAGIC,
+		unix.V9FS_MAGIC, unix.CEPH_SUPER_MAGIC, unix.AFS_SUPER_MAGIC, unix.CODA_SUPER_MAGIC, unix.OCFS2_SUPER_MAGIC:
+		return true
+	}
+	return false
+}
+
+// start runs the watcher until close.
+func (w *watcher) start() {
+	go w.queue.run(w.look)
+	go w.changed.run(w.tell)
+	if w.in != nil {
+		go w.read()
+	}
+}
+
+func (w *watcher) close() {
+	if w.in != nil {
+		_ = w.in.Close()
+	}
+	w.queue.stop()
+	w.changed.stop()
+}
+
+// add watches the directory p and reports whether it is watched.
+func (w *watcher) add(p string) bool {
+	if w.in == nil {
+		return false
+	}
+	w.mu.RLock()
+	_, ok := w.dirs[p]
+	w.mu.RUnlock()
+	if ok {
+		return true
+	}
+	fd, err := w.f.src.open(p, unix.O_PATH|unix.O_DIRECTORY)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if _, ok := w.dirs[p]; ok {
+		return true
+	}
+	wd, err := w.inotifyAdd(fd)
+	if err != nil {
+		if errors.Is(err, unix.ENOSPC) && !w.full {
+			w.full = true
+			w.f.o.Log.Warn("cannot watch every directory of the source: raise fs.inotify.max_user_watches", "watched", len(w.dirs))
+		}
+		return false
+	}
+	d := &watched{path: p, wd: int32(wd)}
+	w.dirs[p] = d
+	w.byWD[d.wd] = append(w.byWD[d.wd], d)
+	return true
+}
+
+func (w *watcher) inotifyAdd(fd int) (wd int, err error) {
+	conn, err := w.in.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	var e error
+	err = conn.Control(func(in uintptr) {
+		wd, e = unix.InotifyAddWatch(int(in), fmt.Sprintf("/proc/self/fd/%d", fd), watchMask)
+	})
+	return wd, errors.Join(err, e)
+}
+
+// changes counts what happened in the directory p.
+func (w *watcher) changes(p string) uint64 {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	if d := w.dirs[p]; d != nil {
+		return d.changes.Load()
+	}
+	return 0
+}
+
+// unwatch forgets p and what is below it: it leads elsewhere now.
+func (w *watcher) unwatch(p string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for name, d := range w.dirs {
+		if name == p || strings.HasPrefix(name, p+"/") {
+			delete(w.dirs, name)
+			d.changes.Add(1)
+		}
+	}
+}
+
+// read turns events into work until the descriptor is closed.
+func (w *watcher) read() {
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := w.in.Read(buf)
+		if err != nil {
+			return
+		}
+		var paths []string
+		for b := buf[:n]; len(b) >= unix.SizeofInotifyEvent; {
+			wd := int32(binary.NativeEndian.Uint32(b))
+			mask := binary.NativeEndian.Uint32(b[4:])
+			length := binary.NativeEndian.Uint32(b[12:])
+			name, _, _ := strings.Cut(string(b[unix.SizeofInotifyEvent:unix.SizeofInotifyEvent+length]), "\x00")
+			b = b[unix.SizeofInotifyEvent+length:]
+			paths = append(paths, w.event(wd, mask, name)...)
+		}
+		if len(paths) > 0 {
+			w.queue.add(paths...)
+			time.AfterFunc(recheckAfter, func() { w.queue.add(paths...) })
+		}
+	}
+}
+
+// event returns the paths to look at after one event. A directory whose list of
+// names or attributes have changed is one of them.
+func (w *watcher) event(wd int32, mask uint32, name string) (paths []string) {
+	if mask&unix.IN_Q_OVERFLOW != 0 {
+		return w.everything()
+	}
+	w.mu.RLock()
+	dirs := w.byWD[wd]
+	w.mu.RUnlock()
+	for _, d := range dirs {
+		d.changes.Add(1)
+		paths = append(paths, d.path)
+		switch {
+		case mask&(unix.IN_DELETE_SELF|unix.IN_MOVE_SELF|unix.IN_IGNORED) != 0:
+			if d.path != "" {
+				w.unwatch(d.path)
+			}
+		case name != "":
+			p := path.Join(d.path, name)
+			if mask&unix.IN_ISDIR != 0 && mask&unix.IN_ATTRIB == 0 {
+				w.unwatch(p)
+			}
+			paths = append(paths, p)
+			if mask&unix.IN_ISDIR == 0 && mask&(unix.IN_CREATE|unix.IN_ATTRIB) == 0 && w.f.o.Changed != nil {
+				w.changed.add(p)
+			}
+		}
+	}
+	if mask&unix.IN_IGNORED != 0 {
+		w.mu.Lock()
+		delete(w.byWD, wd)
+		w.mu.Unlock()
+	}
+	return paths
+}
+
+// everything is what to look at when events were lost.
+func (w *watcher) everything() (paths []string) {
+	w.mu.RLock()
+	for _, d := range w.dirs {
+		d.changes.Add(1)
+	}
+	w.mu.RUnlock()
+	for _, n := range w.f.table.all(func(*node) bool { return true }) {
+		paths = append(paths, n.path)
+	}
+	return paths
+}
+
+// look compares p with the node it has, and makes the kernel look it up again
+// if it differs. It runs on a goroutine of its own: the kernel takes the lock of the
+// directory, which a lookup that waits for our answer may hold.
+func (w *watcher) look(p string) {
+	f := w.f
+	n := f.table.at(p)
+	if n == nil {
+		f.notifyEntry(p)
+		return
+	}
+	if n.id != rootID {
+		now, err := f.find(p, false)
+		switch {
+		case err != nil && !gone(err):
+			return
+		case err != nil || now != n:
+			f.retire(n)
+			f.notifyEntry(p)
+			return
+		}
+	}
+	if n.kind == directory || n.kind == plainFile {
+		f.server.Load().InodeNotify(n.id, 0, 0)
+	}
+}
+
+func (w *watcher) tell(p string) { w.f.o.Changed(p) }
+
+// notifyEntry makes the kernel drop its entry for p.
+func (f *tree) notifyEntry(p string) {
+	dir, name := path.Split(p)
+	if parent := f.table.at(strings.TrimSuffix(dir, "/")); parent != nil {
+		f.server.Load().EntryNotify(parent.id, name)
+	}
+}
+
+// retire says that n is not what its path leads to any more: the kernel will be
+// told, and what nobody has open of it is overwritten.
+func (f *tree) retire(n *node) {
+	if n.id == rootID || !f.table.retire(n) {
+		return
+	}
+	f.drop(n)
+	f.watch.queue.add(n.path)
+}
+
+// dropTimeout bounds the wait for the kernel's pages to be overwritten.
+const dropTimeout = 100 * time.Millisecond
+
+// drop lets the store forget a replaced node. When nobody has it open it waits
+// until its pages are overwritten, for the kernel frees them, as they are, as
+// soon as it knows of the replacement.
+func (f *tree) drop(n *node) {
+	if n.kind != sealedFile {
+		return
+	}
+	f.store.Drop(n.id)
+	if n.handles.Load() > 0 || !n.pages.Load() {
+		return
+	}
+	late := time.NewTimer(dropTimeout)
+	defer late.Stop()
+	for n.pages.Load() {
+		select {
+		case <-n.scrubbed: // perhaps of an earlier time
+		case <-late.C:
+			return
+		}
+	}
+}
+
+// work is a set of paths that one goroutine works through.
+type work struct {
+	mu    sync.Mutex
+	paths map[string]bool
+	order []string
+	more  chan struct{}
+	end   chan struct{}
+	once  sync.Once
+}
+
+func (q *work) init() {
+	q.more, q.end = make(chan struct{}, 1), make(chan struct{})
+}
+
+func (q *work) add(paths ...string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, p := range paths {
+		if q.paths == nil {
+			q.paths = make(map[string]bool)
+		}
+		if !q.paths[p] {
+			q.paths[p] = true
+			q.order = append(q.order, p)
+		}
+	}
+	select {
+	case q.more <- struct{}{}:
+	default:
+	}
+}
+
+func (q *work) take() []string {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	order := q.order
+	q.paths, q.order = nil, nil
+	return order
+}
+
+func (q *work) run(do func(string)) {
+	for {
+		select {
+		case <-q.end:
+			return
+		case <-q.more:
+		}
+		for _, p := range q.take() {
+			select {
+			case <-q.end:
+				return
+			default:
+				do(p)
+			}
+		}
+	}
+}
+
+func (q *work) stop() { q.once.Do(func() { close(q.end) }) }
