@@ -106,7 +106,7 @@ func (c *checker) tree(d *document, cfg *Config) {
 
 func (c *checker) oneOf(key, got string, values ...string) {
 	hint := "write " + strings.Join(quoted(values), " or ")
-	if near := nearest(got, values); near != "" {
+	if near := Nearest(got, values); near != "" {
 		hint = fmt.Sprintf("did you mean %q?", near)
 	}
 	c.bad(key, hint, "%s cannot be %q", key, got)
@@ -178,7 +178,7 @@ func CheckKey(uri string) (hint string, err error) {
 	}
 	if !known {
 		hint = "there are " + strings.Join(schemes, ":, ") + ":"
-		if near := nearest(scheme, schemes); near != "" {
+		if near := Nearest(scheme, schemes); near != "" {
 			hint = fmt.Sprintf("did you mean %s:?", near)
 		}
 		return hint, fmt.Errorf("no key service is called %q", scheme)

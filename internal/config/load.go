@@ -137,7 +137,7 @@ func (t *text) unknownKey(e *toml.DecodeError) Problem {
 	if table != "" {
 		message += fmt.Sprintf(" in [%s]", table)
 	}
-	if near := nearest(last, siblings); near != "" {
+	if near := Nearest(last, siblings); near != "" {
 		return t.problem(at, message, fmt.Sprintf("did you mean %q?", near))
 	}
 	for full := range known {

@@ -79,8 +79,8 @@ func hideSecrets(line string) string {
 	return pinValue.ReplaceAllString(line, "${1}[redacted]")
 }
 
-// nearest returns the candidate that was most likely meant by word, or "".
-func nearest(word string, candidates []string) string {
+// Nearest returns the candidate that was most likely meant by word, or "".
+func Nearest(word string, candidates []string) string {
 	best, limit := "", max(len(word)/3, 1)+1
 	for _, c := range candidates {
 		if d := distance(strings.ToLower(word), c); d < limit {

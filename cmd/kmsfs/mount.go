@@ -1,0 +1,540 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs"
+	"kmsfs/internal/audit"
+	"kmsfs/internal/caller"
+	"kmsfs/internal/config"
+	"kmsfs/internal/control"
+	"kmsfs/internal/keyring"
+	"kmsfs/internal/policy"
+	"kmsfs/internal/sealed"
+	"kmsfs/internal/secmem"
+	"kmsfs/internal/store"
+)
+
+func (u *ui) mountCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "mount",
+		Usage:     "show sealed files as regular files, until told otherwise",
+		ArgsUsage: "NAME | -c FILE | --key URI SOURCE MOUNTPOINT",
+		Description: "Stays in the foreground. SIGTERM, SIGINT, kmsfs umount and umount(8) all revoke: no process reads another byte\n" +
+			"of plaintext, and kmsfs ends. With --wait-for-key a key service may be late.",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "mount what this `FILE` says", TakesFile: true},
+			&cli.StringSliceFlag{Name: "key", Usage: "do without a configuration: `URI` of the key; may be repeated"},
+			&cli.StringFlag{Name: "tree", Usage: "with --key: `NAME` of the tree (default: the base name of SOURCE)"},
+			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: 60s under systemd, else 0s)"},
+		},
+		Action: u.mount,
+	}
+}
+
+// mount is the life of a daemon, from top to bottom.
+func (u *ui) mount(c *cli.Context) error {
+	cfg, name, err := mountedConfig(c)
+	if err != nil {
+		return err
+	}
+	if err := restartTuned(u.args); err != nil {
+		return err
+	}
+	if err := secmem.Harden(); err != nil {
+		return fmt.Errorf("harden the process: %w", err)
+	}
+	d := &served{cfg: cfg, name: name, log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{})}
+	defer d.close()
+	if err := d.prepare(); err != nil {
+		return err
+	}
+	if err := d.prove(c.Context, waitForKey(c)); err != nil {
+		return err
+	}
+	if err := d.mount(c.Context); err != nil {
+		return err
+	}
+	d.ready()
+	return d.wait()
+}
+
+// mountedConfig is the configuration that the command line means, and the name
+// its daemon goes by.
+func mountedConfig(c *cli.Context) (*config.Config, string, error) {
+	keys, file := c.StringSlice("key"), c.String("config")
+	switch {
+	case len(keys) > 0 && file != "":
+		return nil, "", usagef("--key and --config exclude each other")
+	case len(keys) > 0:
+		return bareMount(c, keys)
+	case c.IsSet("tree"):
+		return nil, "", usagef("--tree needs --key; a configuration knows its name")
+	case file == "" && c.NArg() == 1 || file == "" && c.NArg() == 2 && !strings.Contains(c.Args().First(), "/"):
+		return configuredMount(c.Args().First(), c.Args().Get(1))
+	case file != "" && c.NArg() <= 1:
+		return configuredMount(file, c.Args().First())
+	}
+	return nil, "", usage(c, errors.New("name one tree, or a configuration with -c, or keys with --key, SOURCE and MOUNTPOINT"), false)
+}
+
+// configuredMount loads a configuration; a mountpoint given by hand comes first.
+func configuredMount(nameOrFile, point string) (*config.Config, string, error) {
+	cfg, err := loadConfig(nameOrFile)
+	if err != nil {
+		return nil, "", err
+	}
+	if point != "" {
+		if cfg.Mountpoint, err = filepath.Abs(point); err != nil {
+			return nil, "", err
+		}
+	}
+	return cfg, cfg.Name, nil
+}
+
+func bareMount(c *cli.Context, keys []string) (*config.Config, string, error) {
+	if c.NArg() != 2 {
+		return nil, "", usage(c, errors.New("--key needs SOURCE and MOUNTPOINT"), false)
+	}
+	cfg := config.Default(os.Geteuid() == 0)
+	cfg.Keys = keys
+	for _, k := range keys {
+		if hint, err := config.CheckKey(k); err != nil {
+			return nil, "", &usageError{text: fmt.Sprintf("--key: %v", err), hint: hint}
+		}
+	}
+	var err error
+	if cfg.Source, err = realPath(c.Args().Get(0)); err != nil {
+		return nil, "", err
+	}
+	if cfg.Mountpoint, err = realPath(c.Args().Get(1)); err != nil {
+		return nil, "", err
+	}
+	cfg.Name = c.String("tree")
+	if cfg.Name == "" {
+		cfg.Name = filepath.Base(cfg.Source)
+	}
+	return cfg, nameOfMountpoint(cfg.Mountpoint), nil
+}
+
+// waitForKey is how long a key service may be late.
+func waitForKey(c *cli.Context) time.Duration {
+	if !c.IsSet("wait-for-key") && os.Getenv("NOTIFY_SOCKET") != "" {
+		return 60 * time.Second
+	}
+	return c.Duration("wait-for-key")
+}
+
+// restartTuned executes the program again with settings of the Go runtime that
+// keep secrets from being copied: preemption by signals would store the vector
+// registers, and freed heap would keep what it held.
+func restartTuned(args []string) error {
+	want := []string{"asyncpreemptoff=1", "clobberfree=1"}
+	have := strings.Split(os.Getenv("GODEBUG"), ",")
+	missing := slices.DeleteFunc(want, func(w string) bool { return slices.Contains(have, w) })
+	if len(missing) == 0 {
+		return nil
+	}
+	env := slices.DeleteFunc(os.Environ(), func(e string) bool {
+		return strings.HasPrefix(e, "GODEBUG=") || strings.HasPrefix(e, "GOTRACEBACK=")
+	})
+	setting := strings.Trim(strings.Join(append(have, missing...), ","), ",")
+	env = append(env, "GODEBUG="+setting, "GOTRACEBACK=single")
+	return fmt.Errorf("start again: %w", unix.Exec("/proc/self/exe", args, env))
+}
+
+// served is one running mount with all that it holds.
+type served struct {
+	cfg   *config.Config
+	name  string
+	log   *slog.Logger
+	since time.Time
+
+	lock    *treeLock
+	source  *os.File
+	arena   *secmem.Arena
+	ring    *ring
+	policy  *policy.Policy
+	caller  *caller.Reader
+	audit   *audit.Log
+	control *control.Server
+	hold    interface{ Close() error } // keeps hibernation away; may be nil
+	fs      *fs.FS
+
+	revoking atomic.Bool
+	warnings []string
+	once     sync.Once
+	stopped  chan struct{} // closed when the mount is gone
+}
+
+// prepare makes the cheap refusals, and everything that needs no key service.
+func (d *served) prepare() error {
+	var err error
+	if err := checkImplemented(d.cfg); err != nil {
+		return err
+	}
+	if d.policy, err = compilePolicy(d.cfg); err != nil {
+		return err
+	}
+	for _, w := range d.policy.Warnings() {
+		d.warn(w)
+	}
+	if d.lock, err = lockTree(d.name); err != nil {
+		return err
+	}
+	if err := fs.ClearStale(d.cfg.Mountpoint); err != nil {
+		return mountError(err)
+	}
+	if d.source, err = os.OpenFile(d.cfg.Source, os.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
+		return d.cfg.Problem("source", err, "create the directory, or correct its name")
+	}
+	if d.arena, err = d.memory(); err != nil {
+		return err
+	}
+	if d.ring, err = openRing(d.cfg, d.arena, d.log); err != nil {
+		return err
+	}
+	if d.caller, err = caller.New("/proc"); err != nil {
+		return fmt.Errorf("identify callers: %w", err)
+	}
+	if d.audit, err = openAudit(d.cfg); err != nil {
+		return err
+	}
+	if d.control, err = control.Listen(socketPath(d.name)); err != nil {
+		return fmt.Errorf("%w: %w", errMounted, err)
+	}
+	d.holdHibernation()
+	return nil
+}
+
+// checkImplemented refuses what a configuration may say but this version does not do.
+func checkImplemented(cfg *config.Config) error {
+	if len(cfg.Groups) > 0 {
+		return cfg.Problem("group.0", errors.New("[[group]] is not implemented in this version"), "leave it out; each file is switched by itself")
+	}
+	if len(cfg.OnChange.Run) > 0 {
+		return cfg.Problem("on_change.run", errors.New("[on_change] is not implemented in this version"), "leave it out; a systemd path unit can watch the source")
+	}
+	return nil
+}
+
+// memory locks what max_memory says, or less with a warning.
+func (d *served) memory() (*secmem.Arena, error) {
+	want := d.cfg.Plaintext.MaxMemory
+	arena, err := newArena(want, min(want, 2*d.cfg.Plaintext.MaxFile))
+	if err != nil {
+		return nil, err
+	}
+	if got := arena.Stats().Limit; got < want {
+		d.warn(fmt.Sprintf("only %s may be locked of max_memory = %s; raise LimitMEMLOCK= or ulimit -l",
+			config.FormatSize(got), config.FormatSize(want)))
+	}
+	return arena, nil
+}
+
+func openAudit(cfg *config.Config) (*audit.Log, error) {
+	a := cfg.Audit
+	if a.File == "" && !a.Journal {
+		return nil, nil
+	}
+	log, err := audit.Open(audit.Options{File: a.File, Journal: a.Journal, Required: a.Required})
+	if err != nil {
+		return nil, cfg.Problem("audit.file", fmt.Errorf("open the audit log: %w", err), "")
+	}
+	return log, nil
+}
+
+// holdHibernation keeps the machine from writing all memory to disk.
+func (d *served) holdHibernation() {
+	if d.cfg.AllowHibernation {
+		return
+	}
+	hold, err := secmem.HoldHibernation()
+	if err != nil {
+		for _, w := range hibernationWarnings() {
+			d.warn(w)
+		}
+		return
+	}
+	d.hold = hold
+}
+
+// prove lets a key service show that one key works. It waits for one that is not
+// there yet, and says meanwhile what it waits for.
+func (d *served) prove(ctx context.Context, patience time.Duration) error {
+	if d.cfg.Lazy {
+		go d.proveLater()
+		return nil
+	}
+	until := time.Now().Add(patience)
+	for {
+		attempt, cancel := context.WithTimeout(ctx, d.cfg.OpenTimeout)
+		uri, err := d.ring.prove(attempt)
+		cancel()
+		switch {
+		case err == nil:
+			d.log.Info("key works", "key", uri)
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case !worthWaiting(err) || time.Now().After(until):
+			return fmt.Errorf("no key works: %w", err)
+		}
+		d.log.Warn("no key service answers yet", "error", err)
+		d.notify("STATUS=waiting for a key service: " + err.Error())
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func worthWaiting(err error) bool {
+	return errors.Is(err, keyring.ErrUnavailable) || errors.Is(err, keyring.ErrThrottled) || errors.Is(err, context.DeadlineExceeded)
+}
+
+// proveLater says in the log whether a lazily started mount will work.
+func (d *served) proveLater() {
+	ctx, cancel := context.WithTimeout(context.Background(), d.cfg.OpenTimeout)
+	defer cancel()
+	if uri, err := d.ring.prove(ctx); err != nil {
+		d.log.Warn("no key works yet; files open once one does", "error", err)
+	} else {
+		d.log.Info("key works", "key", uri)
+	}
+}
+
+// mount hands everything to the file system and opens the control socket.
+func (d *served) mount(ctx context.Context) error {
+	p := d.cfg.Plaintext
+	o := fs.Options{
+		Tree: d.cfg.Name, Source: d.source, Mountpoint: d.cfg.Mountpoint,
+		AllowOther: d.cfg.AllowOther, PageCache: p.PageCache, SealedOnly: d.cfg.SealedOnly, OpenTimeout: d.cfg.OpenTimeout,
+		Opener:    &sealed.Opener{Keys: d.ring.keys, Arena: d.arena, MaxFile: p.MaxFile},
+		Plaintext: store.Options{Arena: d.arena, TTL: p.TTL, StaleOK: p.StaleOK},
+		Policy:    d.policy, Caller: d.caller, Log: d.log,
+	}
+	if d.audit != nil {
+		o.Audit = d.audit
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	var err error
+	if d.fs, err = fs.Mount(ctx, o); err != nil {
+		return mountError(err)
+	}
+	d.record("mount")
+	return nil
+}
+
+func mountError(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrMounted):
+		return fmt.Errorf("%w: %w", errMounted, err)
+	case errors.Is(err, os.ErrPermission):
+		return withHint(fmt.Errorf("%w: %w", errMountFailed, err), "mount as root; an ordinary user needs fusermount3, and user_allow_other in /etc/fuse.conf for allow_other")
+	case errors.Is(err, syscall.ENODEV), errors.Is(err, os.ErrNotExist):
+		return withHint(fmt.Errorf("%w: %w", errMountFailed, err), "is /dev/fuse there (modprobe fuse), and the mountpoint?")
+	}
+	return fmt.Errorf("%w: %w", errMountFailed, err)
+}
+
+// ready tells everybody who waits for the mount.
+func (d *served) ready() {
+	d.control.Serve(d, d.log)
+	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
+	d.notify("READY=1\nSTATUS=serving " + d.cfg.Mountpoint)
+	go watchdog(socketPath(d.name), d.stopped)
+}
+
+// wait is where a daemon spends its life: until a signal, kmsfs umount or
+// umount(8) ends the mount. The second signal means now.
+func (d *served) wait() error {
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer signal.Stop(signals)
+	ended := make(chan error, 1)
+	for {
+		select {
+		case s := <-signals:
+			switch {
+			case s == syscall.SIGHUP:
+				d.log.Warn("reloading is not implemented in this version; restart to read the configuration again")
+			case d.revoking.Load():
+				d.log.Warn("second signal: not waiting any longer", "signal", s.String())
+				d.hurry()
+			default:
+				d.log.Info("revoking", "signal", s.String())
+				go func() { ended <- d.Revoke(0) }()
+			}
+		case err := <-ended:
+			return err
+		case <-d.fs.Done():
+			if d.revoking.Load() { // whoever revokes says how it went
+				select {
+				case err := <-ended:
+					return err
+				case <-time.After(revokeTime):
+				case <-d.stopped:
+				}
+				return nil
+			}
+			d.log.Info("unmounted from outside")
+			return d.Revoke(0)
+		}
+	}
+}
+
+// Revoke implements [control.Daemon].
+func (d *served) Revoke(wait time.Duration) error {
+	d.revoking.Store(true)
+	d.notify("STOPPING=1\nSTATUS=revoking")
+	defer d.once.Do(func() { close(d.stopped) })
+	ctx, cancel := context.WithTimeout(context.Background(), wait+revokeTime)
+	defer cancel()
+	if wait > 0 {
+		waiting, stop := context.WithTimeout(ctx, wait)
+		defer stop()
+		return d.fs.Revoke(waiting, true)
+	}
+	return d.fs.Revoke(ctx, false)
+}
+
+// hurry makes a revocation that waits for readers stop waiting.
+func (d *served) hurry() { go func() { _ = d.Revoke(0) }() }
+
+// Status implements [control.Daemon].
+func (d *served) Status() control.Status {
+	s := control.Status{
+		Name: d.cfg.Name, Config: d.cfg.File, Source: d.cfg.Source, Mountpoint: d.cfg.Mountpoint,
+		PID: os.Getpid(), Version: version, State: "serving", Since: d.since,
+		Open: []control.Open{}, Keys: []control.Key{}, Warnings: append([]string{}, d.warnings...),
+	}
+	if d.revoking.Load() {
+		s.State = "revoking"
+	}
+	for _, h := range d.fs.Handles() {
+		s.Open = append(s.Open, control.Open(h))
+	}
+	c := d.fs.Store().Stats()
+	s.Cache = control.Cache{
+		Entries: c.Entries, Idle: c.Idle, Bytes: c.Bytes, Hits: c.Hits, Joins: c.Joins, Loads: c.Loads,
+		Failures: c.Failures, Evictions: c.Evictions, Expiries: c.Expiries,
+	}
+	m := d.arena.Stats()
+	s.Memory = control.Memory{Limit: m.Limit, Locked: m.Locked, Used: m.Used}
+	for _, k := range d.ring.keys {
+		h := d.ring.health.Of(k.URI)
+		s.Keys = append(s.Keys, control.Key{
+			URI: k.URI, Calls: h.Calls, Failures: h.Failures, LastOK: h.OK, LastFailure: h.Failed,
+			Cause: h.Cause, Latency: h.Latency, RequestID: h.RequestID,
+		})
+	}
+	if d.audit != nil {
+		s.AuditDrops = d.audit.Drops()
+	}
+	return s
+}
+
+// record puts the beginning and the end of the mount on record.
+func (d *served) record(event string) {
+	if d.audit == nil {
+		return
+	}
+	err := d.audit.Append(context.Background(), audit.Record{
+		Event: event, Tree: d.cfg.Name, Path: d.cfg.Mountpoint, UID: uint32(os.Getuid()), GID: uint32(os.Getgid()),
+		PID: os.Getpid(), Outcome: "allowed",
+	})
+	if err != nil {
+		d.log.Error("the audit log does not take records", "error", err)
+	}
+}
+
+// warn says it now, and again whenever status is asked.
+func (d *served) warn(text string) {
+	d.log.Warn(text)
+	d.warnings = append(d.warnings, text)
+}
+
+// notify tells systemd, if that is who started us.
+func (d *served) notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		d.log.Warn("systemd cannot be notified", "error", err)
+	}
+}
+
+// close gives everything back, in the reverse order, as far as it came.
+func (d *served) close() {
+	if d.fs != nil {
+		d.record("revoke")
+	}
+	if d.control != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		_ = d.control.Close(ctx)
+	}
+	if d.audit != nil {
+		if err := d.audit.Close(); err != nil {
+			d.log.Error("close the audit log", "error", err)
+		}
+	}
+	if d.ring != nil {
+		d.ring.Close()
+	}
+	if d.caller != nil {
+		_ = d.caller.Close()
+	}
+	if d.source != nil {
+		_ = d.source.Close()
+	}
+	if d.arena != nil {
+		_ = d.arena.Close()
+	}
+	if d.hold != nil {
+		_ = d.hold.Close()
+	}
+	if d.lock != nil {
+		_ = d.lock.Close()
+	}
+}
+
+// watchdog tells systemd that we live, as long as the control socket answers. It
+// goes neither through the mount nor to a key service: an outage is no reason to
+// be killed.
+func watchdog(socket string, stop <-chan struct{}) {
+	every, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || every == 0 {
+		return
+	}
+	tick := time.NewTicker(every / 3)
+	defer tick.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-tick.C:
+			ctx, cancel := context.WithTimeout(context.Background(), every/3)
+			if _, err := control.Dial(socket).Status(ctx); err == nil {
+				_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+			}
+			cancel()
+		}
+	}
+}

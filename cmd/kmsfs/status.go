@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/user"
+	"strconv"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"kmsfs/internal/config"
+	"kmsfs/internal/control"
+)
+
+func (u *ui) statusCommand() *cli.Command {
+	return &cli.Command{
+		Name:        "status",
+		Usage:       "show what is mounted, what is open and by whom, and how the keys do",
+		ArgsUsage:   "[NAME|MOUNTPOINT]",
+		Description: "Asks the daemons and never the mounts, so it answers while a mount or a key service hangs.",
+		Flags:       []cli.Flag{&cli.BoolFlag{Name: "json", Usage: "print JSON: one object for NAME, else a list"}},
+		Action:      u.status,
+	}
+}
+
+func (u *ui) status(c *cli.Context) error {
+	ctx, cancel := context.WithTimeout(c.Context, 10*time.Second)
+	defer cancel()
+	switch c.NArg() {
+	case 0:
+		return u.statusOfAll(ctx, c.Bool("json"))
+	case 1:
+		return u.statusOf(ctx, c.Args().First(), c.Bool("json"))
+	}
+	return usage(c, errors.New("name one tree or mountpoint, or none for all"), false)
+}
+
+func (u *ui) statusOf(ctx context.Context, arg string, asJSON bool) error {
+	t, err := findTarget(ctx, arg)
+	if err != nil {
+		return err
+	}
+	s, err := control.Dial(socketPath(t.name)).Status(ctx)
+	if errors.Is(err, control.ErrNoDaemon) {
+		if m, found, _ := mountAt(t.point); found && m.fstype == mountType {
+			return withHint(fmt.Errorf("%s is mounted, but its daemon is gone: %w", t.point, errUnhealthy), "kmsfs umount %s", quote(t.point))
+		}
+		return fmt.Errorf("%s: %w", arg, errNotMounted)
+	}
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return json.NewEncoder(u.stdout).Encode(s)
+	}
+	printStatus(u.stdout, s, time.Now())
+	return nil
+}
+
+func (u *ui) statusOfAll(ctx context.Context, asJSON bool) error {
+	names, err := running()
+	if err != nil {
+		return fmt.Errorf("list running mounts: %w", err)
+	}
+	all := []*control.Status{}
+	served := map[string]bool{}
+	var failed []error
+	for _, name := range names {
+		s, err := control.Dial(socketPath(name)).Status(ctx)
+		switch {
+		case errors.Is(err, control.ErrNoDaemon): // a socket that a dead daemon left
+		case err != nil:
+			failed = append(failed, err)
+		default:
+			all = append(all, s)
+			served[s.Mountpoint] = true
+		}
+	}
+	dead, err := deadMounts(served)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		if err := json.NewEncoder(u.stdout).Encode(all); err != nil {
+			return err
+		}
+	} else if u.printAll(all); len(all) == 0 && len(dead) == 0 && len(failed) == 0 {
+		fmt.Fprintln(u.stdout, "nothing is mounted")
+	}
+	for _, point := range dead {
+		failed = append(failed, withHint(fmt.Errorf("%s is mounted, but no daemon of this user answers for it: %w", point, errUnhealthy),
+			"kmsfs umount %s", quote(point)))
+	}
+	return errors.Join(failed...)
+}
+
+func (u *ui) printAll(all []*control.Status) {
+	for i, s := range all {
+		if i > 0 {
+			fmt.Fprintln(u.stdout)
+		}
+		printStatus(u.stdout, s, time.Now())
+	}
+}
+
+// deadMounts lists mounts of ours that nobody answers for.
+func deadMounts(served map[string]bool) ([]string, error) {
+	all, err := mounts()
+	var dead []string
+	for _, m := range all {
+		if m.fstype == mountType && !served[m.point] {
+			dead = append(dead, m.point)
+		}
+	}
+	return dead, err
+}
+
+// printStatus writes a status for people.
+func printStatus(w io.Writer, s *control.Status, now time.Time) {
+	line := func(label, format string, args ...any) {
+		fmt.Fprintf(w, "  %-9s  %s\n", label, fmt.Sprintf(format, args...))
+	}
+	fmt.Fprintf(w, "%s: %s at %s\n", s.Name, s.State, s.Mountpoint)
+	line("source", "%s", s.Source)
+	if s.Config != "" {
+		line("config", "%s", s.Config)
+	}
+	line("since", "%s (%s), pid %d, version %s", s.Since.Format(time.DateTime), ago(now, s.Since), s.PID, s.Version)
+	for _, k := range s.Keys {
+		line("key", "%s", k.URI)
+		line("", "%s", keyState(k, now))
+	}
+	c := s.Cache
+	line("cached", "%s, %d idle, %s", count(c.Entries, "file"), c.Idle, count(int(c.Bytes), "byte"))
+	line("opens", "%d decrypted, %d from memory, %d joined, %d failed", c.Loads, c.Hits, c.Joins, c.Failures)
+	line("memory", "%s locked, %s in use, %s allowed", config.FormatSize(s.Memory.Locked), config.FormatSize(s.Memory.Used), config.FormatSize(s.Memory.Limit))
+	if s.AuditDrops > 0 {
+		line("audit", "%d records were lost", s.AuditDrops)
+	}
+	for _, text := range s.Warnings {
+		line("warning", "%s", text)
+	}
+	for _, o := range s.Open {
+		line("open", "%s by %s for %s", o.Path, holder(o), ago(now, o.Since))
+	}
+}
+
+func keyState(k control.Key, now time.Time) string {
+	last := fmt.Sprintf("%d calls, %d failed", k.Calls, k.Failures)
+	if k.RequestID != "" {
+		last += ", last RequestId " + k.RequestID
+	}
+	switch {
+	case k.Calls == 0:
+		return "not used yet"
+	case k.LastFailure.After(k.LastOK):
+		return fmt.Sprintf("FAILS since %s: %s (%s)", ago(now, k.LastFailure), k.Cause, last)
+	}
+	return fmt.Sprintf("worked %s ago in %s (%s)", ago(now, k.LastOK), k.Latency.Round(10*time.Microsecond), last)
+}
+
+func holder(o control.Open) string {
+	text := strconv.FormatUint(uint64(o.UID), 10)
+	if u, err := user.LookupId(text); err == nil {
+		text = u.Username
+	}
+	if o.PID != 0 {
+		text += fmt.Sprintf(", pid %d", o.PID)
+	}
+	for _, more := range []string{o.Exe, o.Unit} {
+		if more != "" {
+			text += ", " + more
+		}
+	}
+	return text
+}
+
+// ago writes how long it is since then, to the precision people want.
+func ago(now, then time.Time) string {
+	d := now.Sub(then)
+	switch {
+	case d < time.Second:
+		return "a moment"
+	case d < time.Minute:
+		return count(int(d.Seconds()), "second")
+	case d < time.Hour:
+		return count(int(d.Minutes()), "minute")
+	case d < 48*time.Hour:
+		return count(int(d.Hours()), "hour")
+	}
+	return count(int(d.Hours()/24), "day")
+}

@@ -1,0 +1,102 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Daemon is what a socket gives access to.
+type Daemon interface {
+	// Status must answer soon, whatever the key service or the mount do.
+	Status() Status
+	// Revoke must return once no plaintext is left; with wait it first lets open
+	// files be closed, for that long at most.
+	Revoke(wait time.Duration) error
+}
+
+// A Server answers on one socket until it is closed.
+type Server struct {
+	path     string
+	http     *http.Server
+	listener net.Listener
+}
+
+// Listen makes the socket at path, 0600. A socket that nobody answers on any more
+// is replaced; one that is in use is an error wrapping [fs.ErrExist].
+func Listen(path string) (*Server, error) {
+	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		conn.Close()
+		return nil, fmt.Errorf("%s is answered by another daemon: %w", path, fs.ErrExist)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	old := unix.Umask(0o177) // before anybody can connect; nothing else runs yet
+	l, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("make the control socket: %w", err)
+	}
+	return &Server{path: path, listener: l}, nil
+}
+
+// Serve answers for d in the background.
+func (s *Server) Serve(d Daemon, log *slog.Logger) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(d.Status())
+	})
+	mux.HandleFunc("POST /revoke", func(w http.ResponseWriter, r *http.Request) {
+		wait, err := time.ParseDuration(r.URL.Query().Get("wait"))
+		if err != nil || wait < 0 {
+			http.Error(w, "wait is not a duration", http.StatusBadRequest)
+			return
+		}
+		if err := d.Revoke(wait); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+		}
+	})
+	s.http = &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	go func() { _ = s.http.Serve(guarded{s.listener}) }()
+}
+
+// Close lets answers under way be finished, and removes the socket.
+func (s *Server) Close(ctx context.Context) error {
+	if s.http == nil {
+		return s.listener.Close()
+	}
+	return s.http.Shutdown(ctx) // closes the listener, which removes the socket
+}
+
+// guarded lets in root and the daemon's own user, whatever became of the
+// socket's mode.
+type guarded struct{ net.Listener }
+
+// Accept implements [net.Listener].
+func (g guarded) Accept() (net.Conn, error) {
+	for {
+		conn, err := g.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if cred, err := peer(conn); err == nil && (cred.Uid == 0 || int(cred.Uid) == os.Geteuid()) {
+			return conn, nil
+		}
+		conn.Close()
+	}
+}
