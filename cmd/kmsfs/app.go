@@ -15,6 +15,7 @@ func newApp(u *ui) *cli.App {
 	app := &cli.App{
 		Name:                   "kmsfs",
 		Usage:                  "configuration secrets that are files only while they may be, and bytes only in memory",
+		Description:            exitHelp(),
 		Version:                version,
 		HideVersion:            true, // there is a verb
 		HideHelpCommand:        true,

@@ -1,5 +1,10 @@
 package main
 
+import (
+	"fmt"
+	"strings"
+)
+
 // Exit codes are an interface: named, documented in docs/cli.md, never reused.
 // 2 stays free because a Go program that crashes exits with it, and 3 to 9
 // because systemd names them otherwise.
@@ -62,4 +67,14 @@ func exitCodes() []exitCode {
 		{exitPartial, "partial", "some of the files failed; each was named"},
 		{exitInterrupted, "interrupted", "stopped by SIGINT or SIGTERM"},
 	}
+}
+
+// exitHelp lists the codes, for kmsfs --help.
+func exitHelp() string {
+	var b strings.Builder
+	b.WriteString("Exit codes:\n")
+	for _, e := range exitCodes() {
+		fmt.Fprintf(&b, "  %3d  %s\n", e.code, e.meaning)
+	}
+	return strings.TrimRight(b.String(), "\n")
 }

@@ -181,6 +181,7 @@ type served struct {
 	warnings []string
 	once     sync.Once
 	stopped  chan struct{} // closed when the mount is gone
+	result   error         // of the revocation, once stopped
 }
 
 // prepare makes the cheap refusals, and everything that needs no key service.
@@ -370,55 +371,51 @@ func (d *served) wait() error {
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
-	ended := make(chan error, 1)
 	for {
 		select {
 		case s := <-signals:
-			switch {
-			case s == syscall.SIGHUP:
-				d.log.Warn("reloading is not implemented in this version; restart to read the configuration again")
-			case d.revoking.Load():
-				d.log.Warn("second signal: not waiting any longer", "signal", s.String())
-				d.hurry()
-			default:
-				d.log.Info("revoking", "signal", s.String())
-				go func() { ended <- d.Revoke(0) }()
-			}
-		case err := <-ended:
-			return err
+			d.heed(s)
 		case <-d.fs.Done():
-			if d.revoking.Load() { // whoever revokes says how it went
-				select {
-				case err := <-ended:
-					return err
-				case <-time.After(revokeTime):
-				case <-d.stopped:
-				}
-				return nil
+			if d.revoking.CompareAndSwap(false, true) {
+				d.log.Info("unmounted from outside")
+				return d.Revoke(0)
 			}
-			d.log.Info("unmounted from outside")
-			return d.Revoke(0)
+			<-d.stopped // whoever revokes says how it went
+			return d.result
 		}
 	}
 }
 
-// Revoke implements [control.Daemon].
-func (d *served) Revoke(wait time.Duration) error {
-	d.revoking.Store(true)
-	d.notify("STOPPING=1\nSTATUS=revoking")
-	defer d.once.Do(func() { close(d.stopped) })
-	ctx, cancel := context.WithTimeout(context.Background(), wait+revokeTime)
-	defer cancel()
-	if wait > 0 {
-		waiting, stop := context.WithTimeout(ctx, wait)
-		defer stop()
-		return d.fs.Revoke(waiting, true)
+func (d *served) heed(s os.Signal) {
+	switch {
+	case s == syscall.SIGHUP:
+		d.log.Warn("reloading is not implemented in this version; restart to read the configuration again")
+	case d.revoking.Swap(true):
+		d.log.Warn("second signal: not waiting any longer", "signal", s.String())
+		go func() { _ = d.Revoke(0) }()
+	default:
+		d.log.Info("revoking", "signal", s.String())
+		go func() { _ = d.Revoke(0) }()
 	}
-	return d.fs.Revoke(ctx, false)
 }
 
-// hurry makes a revocation that waits for readers stop waiting.
-func (d *served) hurry() { go func() { _ = d.Revoke(0) }() }
+// Revoke implements [control.Daemon]. A call without wait ends the waiting of
+// others.
+func (d *served) Revoke(wait time.Duration) (err error) {
+	d.revoking.Store(true)
+	d.notify("STOPPING=1\nSTATUS=revoking")
+	defer func() { d.once.Do(func() { d.result = err; close(d.stopped) }) }()
+	ctx, cancel := context.WithTimeout(context.Background(), max(wait, revokeTime))
+	defer cancel()
+	if wait > 0 {
+		ctx, cancel = context.WithTimeout(ctx, wait)
+		defer cancel()
+	}
+	if err := d.fs.Revoke(ctx, wait > 0); err != nil {
+		return fmt.Errorf("revoke: %w", err)
+	}
+	return nil
+}
 
 // Status implements [control.Daemon].
 func (d *served) Status() control.Status {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path"
 	"path/filepath"
 	"strings"
 )
@@ -17,9 +16,6 @@ type spot struct {
 	shown string // as the person typed it
 	real  string // absolute, links in its directory resolved; below the source, not below the mountpoint
 }
-
-// in returns the directory of s, and its base name.
-func (s *spot) in() (dir, base string) { return path.Split(s.name) }
 
 // spots finds files and holds the directories it found them in.
 type spots struct {
