@@ -90,13 +90,8 @@ func nearlyBlob(text []byte) bool {
 	if len(text) < blobLeast || !bytes.Contains(text, []byte(blobSeparator)) {
 		return false
 	}
-	rest := bytes.Map(func(r rune) rune {
-		if r == '=' || r == '-' {
-			return -1
-		}
-		return r
-	}, text)
-	return notBase64(rest) <= 2
+	frame := bytes.Count(text, []byte("=")) + bytes.Count(text, []byte("-"))
+	return notBase64(text)-frame <= 2
 }
 
 // openBlob has the first configured key that can decrypt the blob.

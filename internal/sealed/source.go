@@ -89,7 +89,9 @@ func shapeOf(head []byte) shape {
 	if bytes.HasPrefix(trimmed, []byte(armorBegin)) {
 		return shapeArmor
 	}
-	if nearly(head, intro, 4) || nearly(trimmed, armorBegin, 12) {
+	// A damaged first dash can look like white space.
+	before := head[max(0, len(head)-len(trimmed)-1):]
+	if nearly(head, intro, 4) || nearly(trimmed, armorBegin, 12) || nearly(before, armorBegin, 12) {
 		return shapeDamaged
 	}
 	return shapeOther
