@@ -34,6 +34,7 @@
 package audit
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -85,9 +86,10 @@ type Log struct {
 	writing chan struct{} // holds a token while the fields below are used
 	file    *file         // nil: none
 	chain   chain
-	notes   []Entry // the log's own records, to go before the next one
-	told    uint64  // how many of the drops are on record
-	problem string  // what is wrong now, for people
+	buf     bytes.Buffer // for the lines of one write
+	notes   []Entry      // the log's own records, to go before the next one
+	told    uint64       // how many of the drops are on record
+	problem string       // what is wrong now, for people
 
 	journal *journal // nil: none
 	queue   chan Record
@@ -215,12 +217,13 @@ func (l *Log) commit(ctx context.Context, records []Record) error {
 	for _, r := range records {
 		entries = append(entries, Entry{Record: r})
 	}
-	next, buf, err := l.chain.extend(entries, l.file != nil && l.file.fresh)
+	l.buf.Reset()
+	next, err := l.chain.extend(&l.buf, entries, l.file != nil && l.file.fresh)
 	if err != nil {
 		return l.lose(len(records), err)
 	}
 	if l.file != nil {
-		if err := l.file.write(buf); err != nil {
+		if err := l.file.write(l.buf.Bytes()); err != nil {
 			return l.lose(len(records), err)
 		}
 	}

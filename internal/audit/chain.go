@@ -36,11 +36,10 @@ type chain struct {
 
 const hashMember = `,"hash":"`
 
-// extend encodes entries as lines, with numbers and hashes. With fresh the first one
+// extend encodes entries into buf as lines, with numbers and hashes. With fresh the first one
 // names the hash before it.
-func (c chain) extend(entries []Entry, fresh bool) (chain, []byte, error) {
-	var buf bytes.Buffer
-	enc := json.NewEncoder(&buf)
+func (c chain) extend(buf *bytes.Buffer, entries []Entry, fresh bool) (chain, error) {
+	enc := json.NewEncoder(buf)
 	enc.SetEscapeHTML(false)
 	for i := range entries {
 		e := &entries[i]
@@ -51,7 +50,7 @@ func (c chain) extend(entries []Entry, fresh bool) (chain, []byte, error) {
 		}
 		start := buf.Len()
 		if err := enc.Encode(e); err != nil {
-			return c, nil, fmt.Errorf("encode record: %w", err)
+			return c, fmt.Errorf("encode record: %w", err)
 		}
 		buf.Truncate(buf.Len() - len("}\n"))
 		c.hash = link(c.hash, buf.Bytes()[start:])
@@ -60,7 +59,7 @@ func (c chain) extend(entries []Entry, fresh bool) (chain, []byte, error) {
 		buf.WriteString(e.Hash)
 		buf.WriteString("\"}\n")
 	}
-	return c, buf.Bytes(), nil
+	return c, nil
 }
 
 // link hashes a line's bytes, up to its hash, onto the hash before it.

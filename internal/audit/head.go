@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"time"
 )
@@ -98,4 +99,29 @@ func (l *Log) complain(err error) {
 	l.writing <- struct{}{}
 	l.problem = err.Error()
 	l.release()
+}
+
+// JournalHeads reads the heads of the log at path from what
+// `journalctl -o json MESSAGE_ID=`[HeadMessageID] prints. Journald keeps what it was told out
+// of the reach of those who may write the log's files only.
+func JournalHeads(r io.Reader, path string) ([]Head, error) {
+	var heads []Head
+	dec := json.NewDecoder(r)
+	for {
+		var e struct {
+			File string `json:"KMSFS_FILE"`
+			Seq  uint64 `json:"KMSFS_SEQ,string"`
+			Hash string `json:"KMSFS_HASH"`
+		}
+		err := dec.Decode(&e)
+		if errors.Is(err, io.EOF) {
+			return heads, nil
+		}
+		if err != nil {
+			return heads, fmt.Errorf("read heads from the journal: %w", err)
+		}
+		if _, err := parseDigest(e.Hash); err == nil && e.File == path {
+			heads = append(heads, Head{Seq: e.Seq, Hash: e.Hash})
+		}
+	}
 }

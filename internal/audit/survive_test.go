@@ -26,6 +26,13 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv(childVariable); path != "" {
 		writeForEver(path)
 	}
+	if scenario := os.Getenv(journalVariable); scenario != "" {
+		if err := journalChild(scenario); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(3)
+		}
+		os.Exit(0)
+	}
 	os.Exit(m.Run())
 }
 

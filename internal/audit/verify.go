@@ -1,11 +1,11 @@
 package audit
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"os"
 )
 
@@ -88,10 +88,9 @@ type verifier struct {
 	known   bool // chain is that of a record that was seen
 	chain   chain
 
-	torn     []byte // lines that are no records, since the last one that is
+	torn     fragment // lines that are no records, since the last one that is
 	tornFile string
 	tornLine int // the first of them; 0: none
-	whole    bool
 }
 
 func (v *verifier) problem(file string, line int, format string, args ...any) {
@@ -105,13 +104,13 @@ func (v *verifier) problem(file string, line int, format string, args ...any) {
 // next takes one line.
 func (v *verifier) next(number int, line []byte, whole bool) {
 	v.line = number
-	e, body, hash, err := parseLine(line)
+	e, body, sum, err := parseLine(line)
 	if err != nil || !whole {
 		v.tear(line, whole)
 		return
 	}
 	resumed := v.closeTear(e)
-	v.check(e, body, hash, resumed)
+	v.check(e, body, sum, resumed)
 	for _, h := range v.heads[e.Seq] {
 		if h != e.Hash {
 			v.problem(v.file, v.line, "record %d is not the one that a head names", e.Seq)
@@ -127,7 +126,7 @@ func (v *verifier) next(number int, line []byte, whole bool) {
 	v.report.Records++
 	v.report.Last = max(v.report.Last, e.Seq)
 	v.known, v.newFile = true, false
-	v.chain = chain{e.Seq, hash}
+	v.chain = chain{e.Seq, sum}
 }
 
 // tear collects a line that is no record.
@@ -135,11 +134,32 @@ func (v *verifier) tear(line []byte, whole bool) {
 	if v.tornLine == 0 {
 		v.tornFile, v.tornLine = v.file, v.line
 	}
-	v.torn = append(v.torn, line...)
-	if whole {
-		v.torn = append(v.torn, '\n')
+	v.torn.add(line, whole)
+}
+
+// A fragment is the length and hash of bytes, less one newline at their end.
+type fragment struct {
+	length  int
+	hash    hash.Hash
+	newline bool
+}
+
+func (f *fragment) add(line []byte, whole bool) {
+	if f.hash == nil {
+		f.hash = sha256.New()
 	}
-	v.whole = whole
+	if f.newline {
+		f.hash.Write([]byte("\n"))
+		f.length++
+	}
+	f.hash.Write(line)
+	f.length += len(line)
+	f.newline = whole
+}
+
+// closedBy reports whether e is the record that closes f.
+func (f *fragment) closedBy(e Entry) bool {
+	return e.Event == "audit" && e.Outcome == "recovered" && e.Torn == f.length && e.TornSHA256 == hex.EncodeToString(f.hash.Sum(nil))
 }
 
 // closeTear decides about the lines before e that are no records: e may be the one that
@@ -148,20 +168,18 @@ func (v *verifier) closeTear(e Entry) (lines bool) {
 	if v.tornLine == 0 {
 		return false
 	}
-	torn := bytes.TrimSuffix(v.torn, []byte("\n"))
-	sum := sha256.Sum256(torn)
-	fits := e.Event == "audit" && e.Outcome == "recovered" && e.Torn == len(torn) && e.TornSHA256 == hex.EncodeToString(sum[:])
+	fits := v.torn.closedBy(e)
 	if fits {
 		v.report.Recovered = append(v.report.Recovered, Problem{v.tornFile, v.tornLine, e.Reason})
 	} else {
 		v.problem(v.tornFile, v.tornLine, "is not a record: changed or torn")
 	}
-	v.torn, v.tornLine = nil, 0
+	v.torn, v.tornLine = fragment{}, 0
 	return !fits
 }
 
 // check holds one record against the one before it.
-func (v *verifier) check(e Entry, body []byte, hash digest, resumed bool) {
+func (v *verifier) check(e Entry, body []byte, sum digest, resumed bool) {
 	expected := v.chain
 	if !v.known {
 		expected.seq = e.Seq - 1
@@ -179,7 +197,7 @@ func (v *verifier) check(e Entry, body []byte, hash digest, resumed bool) {
 		v.problem(v.file, v.line, "records %d to %d are missing before it", expected.seq+1, e.Seq-1)
 	case e.Seq <= expected.seq:
 		v.problem(v.file, v.line, "record %d comes after record %d: moved or repeated", e.Seq, expected.seq)
-	case link(expected.hash, body) != hash:
+	case link(expected.hash, body) != sum:
 		v.problem(v.file, v.line, "record %d was changed, or the hash of the one before it", e.Seq)
 	case v.newFile && e.Prev == "" && e.Seq != 1:
 		v.problem(v.file, v.line, "the first record of a file does not name the hash before it")
@@ -189,10 +207,10 @@ func (v *verifier) check(e Entry, body []byte, hash digest, resumed bool) {
 // end looks at what comes after the last record.
 func (v *verifier) end() {
 	if v.tornLine != 0 {
-		if v.whole || v.report.Head.Closed {
+		if v.torn.newline || v.report.Head.Closed {
 			v.problem(v.tornFile, v.tornLine, "is not a record: changed or torn")
 		} else {
-			v.report.Torn = len(v.torn)
+			v.report.Torn = v.torn.length
 		}
 	}
 	if v.report.Last < v.atLeast {

@@ -115,11 +115,12 @@ func TestRewrittenTailDiffersFromHeads(t *testing.T) {
 		forged[i] = Entry{Record: sample(i)}
 	}
 	forged[6].Path = "innocent"
-	end, log, err := chain{}.extend(forged, true)
+	var log bytes.Buffer
+	end, err := chain{}.extend(&log, forged, true)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(path, log, 0o600); err != nil {
+	if err := os.WriteFile(path, log.Bytes(), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if r := mustVerify(t, path); r.OK() || r.Problems[0].Line != 10 {
