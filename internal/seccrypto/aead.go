@@ -95,7 +95,8 @@ func growStack() {
 }
 
 // clearStack overwrites the stack below the caller, where the operation it just
-// made had its frames.
+// made had its frames. Without it a payload key was found on the stacks of 2 to 41
+// out of 64 goroutines that had opened something, in ten runs; with it on none.
 //
 //go:noinline
 func clearStack() {
