@@ -81,7 +81,7 @@ func nobody() *syscall.SysProcAttr {
 func startChild(t *testing.T, role, dir string, attr *syscall.SysProcAttr) *child {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe") // which another user may execute wherever it lies
-	cmd.Env = append(os.Environ(), childVar+"="+role, "GOTRACEBACK=crash")
+	cmd.Env = append(os.Environ(), childVar+"="+role, "GOTRACEBACK=crash", "GORACE=atexit_sleep_ms=0")
 	cmd.Dir = dir
 	cmd.SysProcAttr = attr
 	stdin, err := cmd.StdinPipe()
@@ -182,7 +182,7 @@ func TestLockErrorNamesTheLimitToRaise(t *testing.T) {
 		attr = &syscall.SysProcAttr{}
 	}
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), childVar+"=unlockable")
+	cmd.Env = append(os.Environ(), childVar+"=unlockable", "GORACE=atexit_sleep_ms=0")
 	cmd.SysProcAttr = attr
 	out, err := cmd.CombinedOutput()
 	if err != nil {

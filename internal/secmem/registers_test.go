@@ -75,3 +75,9 @@ func BenchmarkClearRegisters(b *testing.B) {
 		secmem.ClearRegisters()
 	}
 }
+
+func BenchmarkDo(b *testing.B) {
+	for b.Loop() {
+		secmem.Do(func() {})
+	}
+}
