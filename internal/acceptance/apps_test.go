@@ -166,7 +166,7 @@ func TestPython(t *testing.T) {
 	for range 2 {
 		secret := random(t)
 		tr.put("app.ini", file{content: "[db]\nuser = shop\npassword = " + secret + "\n", owner: "nobody", mode: 0o400})
-		got := output(t, as(t, "nobody", exec.Command("python3", "-c", pythonProgram, tr.path("app.ini"))))
+		got := output(t, as(t, "nobody", exec.Command("/usr/bin/python3", "-c", pythonProgram, tr.path("app.ini"))))
 		if strings.TrimSpace(got) != secret {
 			t.Errorf("python read %q, want the sealed password", got)
 		}

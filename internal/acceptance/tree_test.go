@@ -1,7 +1,6 @@
 package acceptance
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"os"
@@ -45,7 +44,10 @@ type tree struct {
 	t        *testing.T
 	dir      string // world-readable parent of all
 	src, mnt string
-	key      string
+	key      string   // URI, without a configuration
+	conf     string   // path of the configuration, else ""
+	env      []string // of kmsfs; nil: ours
+	daemon   *exec.Cmd
 }
 
 // A file is what a program finds at its path.
@@ -80,13 +82,23 @@ func mountTree(t *testing.T, files map[string]file) *tree {
 		tr.put(name, f)
 	}
 
-	daemon := exec.Command(kmsfs, "mount", "--key", tr.key, tr.src, tr.mnt)
-	var log bytes.Buffer
-	daemon.Stdout, daemon.Stderr = &log, &log
+	tr.serve("mount", "--key", tr.key, tr.src, tr.mnt)
+	return tr
+}
+
+// serve starts the daemon and returns when the tree is mounted. At the end of the test the
+// daemon must stop in good order and leave nothing behind.
+func (tr *tree) serve(args ...string) {
+	t := tr.t
+	t.Helper()
+	daemon := exec.Command(kmsfs, args...)
+	log := new(syncBuffer)
+	daemon.Stdout, daemon.Stderr, daemon.Env = log, log, tr.env
 	daemon.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := daemon.Start(); err != nil {
 		t.Fatal(err)
 	}
+	tr.daemon = daemon
 	exited := make(chan error, 1)
 	go func() { exited <- daemon.Wait() }()
 	t.Cleanup(func() {
@@ -94,15 +106,18 @@ func mountTree(t *testing.T, files map[string]file) *tree {
 		select {
 		case err := <-exited:
 			if err != nil {
-				t.Errorf("the daemon ended with %v\n%s", err, log.String())
+				t.Errorf("the daemon ended with %v", err)
 			}
 		case <-time.After(patience):
 			_ = daemon.Process.Kill()
-			t.Errorf("the daemon did not end\n%s", log.String())
+			t.Error("the daemon did not end")
 		}
 		if mounted(t, tr.mnt) {
 			_ = syscall.Unmount(tr.mnt, syscall.MNT_DETACH)
 			t.Error("the mount was left behind")
+		}
+		if t.Failed() {
+			t.Logf("kmsfs printed:\n%s", log.String())
 		}
 	})
 	until(t, "mounted", func() error {
@@ -117,7 +132,6 @@ func mountTree(t *testing.T, files map[string]file) *tree {
 		}
 		return nil
 	})
-	return tr
 }
 
 func mounted(t *testing.T, dir string) bool {
