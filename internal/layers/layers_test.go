@@ -27,21 +27,22 @@ var owners = map[string][]string{
 // mayImport says which of our own packages each layer may know. A layer that is
 // not listed may import none. Entries cover the packages below them.
 var mayImport = map[string][]string{
-	"cmd":               {"*"},
-	"fs":                {"internal/store", "internal/policy", "internal/caller", "internal/audit", "internal/sealed", "internal/keyring", "internal/secmem"},
-	"internal/store":    {"internal/keyring", "internal/secmem"},
-	"internal/sealed":   {"internal/keyring", "internal/secmem"},
-	"internal/keyring":  {"internal/secmem"},
-	"internal/localkey": {"internal/keyring", "internal/secmem"},
-	"kmsclient":         {"internal/keyring", "internal/secmem"},
-	"kmsclient/kmstest": {},
-	"hsm":               {"internal/keyring", "internal/secmem"},
-	"internal/policy":   {},
-	"internal/caller":   {"internal/policy"},
-	"internal/audit":    {"internal/policy"},
-	"internal/secmem":   {},
-	"internal/config":   {"internal/policy", "internal/keyring"},
-	"internal/control":  {},
+	"cmd":                {"*"},
+	"fs":                 {"internal/store", "internal/policy", "internal/caller", "internal/audit", "internal/sealed", "internal/keyring", "internal/secmem"},
+	"internal/store":     {"internal/keyring", "internal/secmem"},
+	"internal/sealed":    {"internal/keyring", "internal/seccrypto", "internal/secmem"},
+	"internal/keyring":   {"internal/secmem"},
+	"internal/localkey":  {"internal/keyring", "internal/seccrypto", "internal/secmem"},
+	"kmsclient":          {"internal/keyring", "internal/secmem"},
+	"kmsclient/kmstest":  {},
+	"hsm":                {"internal/keyring", "internal/secmem"},
+	"internal/policy":    {},
+	"internal/caller":    {"internal/policy"},
+	"internal/audit":     {"internal/policy"},
+	"internal/secmem":    {},
+	"internal/seccrypto": {"internal/secmem"},
+	"internal/config":    {"internal/policy", "internal/keyring"},
+	"internal/control":   {},
 }
 
 type pkg struct {
