@@ -16,8 +16,6 @@ const (
 	armorBytes   = armorColumns / 4 * 3
 )
 
-func armorText() *base64.Encoding { return base64.StdEncoding.Strict() }
-
 // An armor reads the bytes inside an armored file without reading all of it: the
 // lines are of one length, so where each is, and how many bytes there are in
 // all, follows from the first and the last lines.
@@ -30,11 +28,12 @@ type armor struct {
 	last  int64  // characters in the last line
 	eol   string // after every line
 	size  int64  // decoded
+	enc   *base64.Encoding
 }
 
 // openArmor checks the frame of an armored file and measures what is in it.
 func openArmor(src *source) (*armor, error) {
-	a := &armor{src: src}
+	a := &armor{src: src, enc: base64.StdEncoding.Strict()}
 	head, err := src.more(firstRead)
 	if err != nil {
 		return nil, err
@@ -122,12 +121,11 @@ func (a *armor) ReadAt(p []byte, off int64) (int, error) {
 	if err := a.src.readAt(text, a.lineStart(first)); err != nil {
 		return 0, err
 	}
-	n := 0
+	n, bytesOfLine := 0, make([]byte, armorBytes)
 	for i := first; i <= last; i++ {
-		columns := a.columns(i)
-		line := text[:columns+len(a.eol)]
+		line := text[:a.columns(i)+len(a.eol)]
 		text = text[len(line):]
-		b, err := a.decode(i, line)
+		b, err := a.decode(bytesOfLine, i, line)
 		if err != nil {
 			return n, err
 		}
@@ -151,14 +149,13 @@ func (a *armor) lineEnd(i int64) int64 {
 	return a.lineStart(i) + int64(a.columns(i)+len(a.eol))
 }
 
-// decode returns the bytes in line number i.
-func (a *armor) decode(i int64, line []byte) ([]byte, error) {
+// decode returns the bytes in line number i, in b.
+func (a *armor) decode(b []byte, i int64, line []byte) ([]byte, error) {
 	text, ok := bytes.CutSuffix(line, []byte(a.eol))
-	if !ok || bytes.ContainsAny(text, "\r\n") {
+	if !ok || bytes.IndexByte(text, '\n') >= 0 || bytes.IndexByte(text, '\r') >= 0 {
 		return nil, damaged("line %d of its armor has the wrong length or ending", i+2)
 	}
-	b := make([]byte, armorBytes)
-	n, err := armorText().Decode(b, text)
+	n, err := a.enc.Decode(b, text)
 	if err != nil || n == 0 || (i < a.lines-1 && n != armorBytes) {
 		return nil, damaged("line %d of its armor is not base64", i+2)
 	}

@@ -52,14 +52,19 @@ func newBenchOf(t testing.TB, limit int64) *bench {
 	return b
 }
 
-// newKey makes a key file. Its backend has an arena of its own, whose only use
-// after the test is the key it caches.
+// newKey makes a key file, and a backend for it with an arena of its own.
 func newKey(t testing.TB) keyring.Key {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "k")
 	if err := localkey.Generate(path); err != nil {
 		t.Fatal(err)
 	}
+	return keyAt(t, path)
+}
+
+// keyAt returns the key in the file at path.
+func keyAt(t testing.TB, path string) keyring.Key {
+	t.Helper()
 	arena, err := secmem.New(1 << 20)
 	if err != nil {
 		t.Fatal(err)
@@ -108,7 +113,6 @@ func (b *bench) opener(keys ...keyring.Key) *sealed.Opener {
 
 // open returns what a sealed file holds, in ordinary memory.
 func (b *bench) open(file []byte, at keyring.Context, keys ...keyring.Key) ([]byte, error) {
-	b.t.Helper()
 	return content(b.opener(keys...).Open(context.Background(), bytes.NewReader(file), int64(len(file)), at, nil))
 }
 
