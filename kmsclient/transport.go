@@ -145,7 +145,7 @@ func newTransport(roots *x509.CertPool, dialTo string) *http.Transport {
 			if err != nil {
 				return nil, err
 			}
-			return &tidyConn{Conn: conn}, nil
+			return newTidyConn(conn), nil
 		},
 		Proxy:                 nil, // a proxy that inspects TLS would see plaintext
 		TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots},
