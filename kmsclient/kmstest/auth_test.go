@@ -157,10 +157,17 @@ func TestQuota(t *testing.T) {
 		o.Now = func() time.Time { return now }
 	})
 	tr := transport(t, srv)
-	decrypt := hand{action: "Decrypt", body: `{"CiphertextBlob":"` + srv.Encrypt(srv.CreateKey("a"), []byte("x"), "") + `"}`}
-	for i, want := range []string{"", "", "RequestLimitExceeded", "RequestLimitExceeded"} {
-		if got := send(t, tr, decrypt.request(t, srv)).Response.Error.Code; got != want {
-			t.Errorf("request %d: %q, want %q", i, got, want)
+	key := srv.CreateKey("a")
+	decrypt := hand{action: "Decrypt", body: `{"CiphertextBlob":"` + srv.Encrypt(key, []byte("x"), "") + `"}`}
+	encrypt := hand{action: "Encrypt", body: `{"KeyId":"` + key + `","Plaintext":"eA=="}`}
+	for i, step := range []struct {
+		hand hand
+		code string
+	}{
+		{decrypt, ""}, {encrypt, ""}, {decrypt, "RequestLimitExceeded"}, {encrypt, "RequestLimitExceeded"},
+	} {
+		if got := send(t, tr, step.hand.request(t, srv)).Response.Error.Code; got != step.code {
+			t.Errorf("request %d: %q, want %q", i, got, step.code)
 		}
 	}
 	if got := send(t, tr, hand{action: "ListKeys"}.request(t, srv)).Response.Error.Code; got != "" {

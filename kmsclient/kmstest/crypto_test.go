@@ -110,7 +110,8 @@ func TestChangedBlobsAreRefused(t *testing.T) {
 	srv := kmstest.New(t)
 	key, tr := srv.CreateKey("a"), transport(t, srv)
 	srv.Rotate(key)
-	parts := strings.Split(srv.Encrypt(key, []byte("sixteen bytes..."), `{"a":"b"}`), "-k-")
+	// Three blocks, so that changes reach plaintext and not only padding.
+	parts := strings.Split(srv.Encrypt(key, []byte("a plaintext that is longer than two blocks"), `{"a":"b"}`), "-k-")
 	decrypt := func(blob string) answer {
 		return send(t, tr, hand{action: "Decrypt", body: `{"CiphertextBlob":"` + blob + `","EncryptionContext":"{\"a\":\"b\"}"}`}.request(t, srv))
 	}

@@ -115,7 +115,8 @@ func TestResetOverHTTP2(t *testing.T) {
 }
 
 func TestDelays(t *testing.T) {
-	srv := kmstest.New(t)
+	seen := make(chan kmstest.Request, 2)
+	srv := kmstest.New(t, func(o *kmstest.Options) { o.OnRequest = func(r kmstest.Request) { seen <- r } })
 	tr := transport(t, srv)
 	srv.Queue("", kmstest.Fault{Delay: time.Hour}, kmstest.Fault{BodyDelay: time.Hour})
 
@@ -131,6 +132,9 @@ func TestDelays(t *testing.T) {
 	cancel()
 	if err := <-result; !errors.Is(err, context.Canceled) {
 		t.Errorf("delayed answer: %v", err)
+	}
+	if r := <-seen; r.Status != 0 || r.Response != nil {
+		t.Errorf("answered %d %q to a client that has gone", r.Status, r.Response)
 	}
 
 	ctx, cancel = context.WithCancel(t.Context())
@@ -223,6 +227,9 @@ func TestHangAndInFlight(t *testing.T) {
 	}
 	if got := srv.MaxInFlight("GetServiceStatus"); got != 1 {
 		t.Errorf("%d in flight at most, one after the other", got)
+	}
+	if got := srv.MaxInFlight(""); got != 1 {
+		t.Errorf("%d of all actions in flight at most, one after the other", got)
 	}
 	if got := srv.Counts(); len(got) != 1 || got["GetServiceStatus"] != 20 || srv.Count("") != 20 {
 		t.Errorf("counts %v", got)
