@@ -174,9 +174,7 @@ func TestStandardOrder(t *testing.T) {
 		if len(all) != 5 {
 			t.Fatalf("%d sources", len(all))
 		}
-		if row.metadata == "" {
-			all[row.position] = RoleCredentials(meta.URL()) // ours in place of the real one
-		}
+		all[row.position] = roleCredentials(meta.URL(), generous) // not the real one, and not in a hurry
 		p := newProvider(all, new(logged).logger())
 		c, err := p.have(within(t, generous))
 		p.close()
@@ -199,20 +197,21 @@ func TestRole(t *testing.T) {
 	for _, row := range []struct {
 		name  string
 		mode  kmstest.MetadataMode
+		limit time.Duration
 		alone error
 	}{
-		{"ok", kmstest.MetadataOK, nil},
-		{"no role", kmstest.MetadataNoRole, keyring.ErrDenied},
-		{"sick", kmstest.MetadataError, keyring.ErrUnavailable},
-		{"hanging", kmstest.MetadataHang, keyring.ErrUnavailable},
+		{"ok", kmstest.MetadataOK, generous, nil},
+		{"no role", kmstest.MetadataNoRole, generous, keyring.ErrDenied},
+		{"sick", kmstest.MetadataError, generous, keyring.ErrUnavailable},
+		{"hanging", kmstest.MetadataHang, 50 * time.Millisecond, keyring.ErrUnavailable},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			meta := kmstest.NewMetadata(t, srv)
 			meta.SetMode(row.mode)
-			alone := newClient(t, srv, func(o *Options) { o.Sources = []CredentialSource{RoleCredentials(meta.URL())} })
+			alone := newClient(t, srv, func(o *Options) { o.Sources = []CredentialSource{roleCredentials(meta.URL(), row.limit)} })
 			both := newClient(t, srv, func(o *Options) {
-				o.Sources = []CredentialSource{RoleCredentials(meta.URL()), fixed(srv.Credential())}
+				o.Sources = []CredentialSource{roleCredentials(meta.URL(), row.limit), fixed(srv.Credential())}
 			})
 			got, err := alone.OpenBlob(within(t, generous), uriOf(srv, id), blob, nil)
 			got.Wipe()
@@ -239,7 +238,7 @@ func TestRoleRecovers(t *testing.T) {
 	srv := kmstest.New(t)
 	meta := kmstest.NewMetadata(t, srv)
 	meta.SetMode(kmstest.MetadataError)
-	c := newClient(t, srv, func(o *Options) { o.Sources = []CredentialSource{RoleCredentials(meta.URL())} })
+	c := newClient(t, srv, func(o *Options) { o.Sources = []CredentialSource{roleCredentials(meta.URL(), generous)} })
 	if _, _, err := c.Credentials(within(t, generous)); !errors.Is(err, keyring.ErrUnavailable) {
 		t.Fatalf("got %v", err)
 	}
@@ -262,7 +261,7 @@ func TestTokenRefused(t *testing.T) {
 	t.Parallel()
 	srv := kmstest.New(t)
 	meta := kmstest.NewMetadata(t, srv)
-	c := newClient(t, srv, func(o *Options) { o.Sources = []CredentialSource{RoleCredentials(meta.URL())} })
+	c := newClient(t, srv, func(o *Options) { o.Sources = []CredentialSource{roleCredentials(meta.URL(), generous)} })
 	id := srv.CreateKey("token")
 	blob := []byte(srv.Encrypt(id, []byte("x"), ""))
 	open := func() error {

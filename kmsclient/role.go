@@ -29,6 +29,10 @@ var roleName = regexp.MustCompile(`^[\w+=,.@-]{1,128}$`)
 // Tencent Cloud instance has) for the temporary credentials of the instance's role. No
 // such service, and no role bound to the instance, is [ErrNoCredential].
 func RoleCredentials(endpoint string) CredentialSource {
+	return roleCredentials(endpoint, metadataTimeout)
+}
+
+func roleCredentials(endpoint string, timeout time.Duration) CredentialSource {
 	if endpoint == "" {
 		endpoint = defaultMetadata
 	}
@@ -38,7 +42,7 @@ func RoleCredentials(endpoint string) CredentialSource {
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return func(ctx context.Context) (Credential, error) {
-		ctx, cancel := context.WithTimeout(ctx, metadataTimeout)
+		ctx, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
 		name, err := get(ctx, client, base)
 		if err != nil {

@@ -26,6 +26,8 @@ const (
 // TKECredentials exchanges the token of a pod's service account for credentials of
 // the role named by TKE_ROLE_ARN, at the security token service.
 func TKECredentials(ctx context.Context) (Credential, error) {
+	ctx, cancel := context.WithTimeout(ctx, stsTimeout)
+	defer cancel()
 	return tkeCredentials(ctx, stsEndpoint, newStsTransport())
 }
 
@@ -49,8 +51,6 @@ func tkeCredentials(ctx context.Context, endpoint string, transport http.RoundTr
 	if len(token) > maxTokenBytes {
 		return Credential{}, fmt.Errorf("service account token %s is too large", file)
 	}
-	ctx, cancel := context.WithTimeout(ctx, stsTimeout)
-	defer cancel()
 	req := tchttp.NewCommonRequest("sts", "2018-08-13", "AssumeRoleWithWebIdentity")
 	req.SetSkipSign(true) // the token is what proves who we are
 	req.SetContext(ctx)

@@ -135,7 +135,8 @@ func settle(conn net.Conn) {
 // newTransport connects to the KMS. dialTo, if any, is the address really
 // connected to; the name in the certificate stays that of the endpoint.
 func newTransport(roots *x509.CertPool, dialTo string) *http.Transport {
-	dialer := &net.Dialer{Timeout: 3 * time.Second, KeepAlive: 15 * time.Second}
+	// Contexts are the deadlines; these end what goes on after its caller has left.
+	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}
 	return &http.Transport{
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if dialTo != "" {
@@ -149,7 +150,7 @@ func newTransport(roots *x509.CertPool, dialTo string) *http.Transport {
 		},
 		Proxy:                 nil, // a proxy that inspects TLS would see plaintext
 		TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots},
-		TLSHandshakeTimeout:   5 * time.Second,
+		TLSHandshakeTimeout:   30 * time.Second,
 		ResponseHeaderTimeout: 30 * time.Second,
 		IdleConnTimeout:       30 * time.Second,
 		MaxIdleConns:          64,
