@@ -128,9 +128,8 @@ func (r *Reader) describe(t *thread, c *policy.Caller, need policy.Need) error {
 	}
 	c.Comm = trimNewline(comm)
 	c.Start = t.start
-	if b, err := t.read("cgroup"); err == nil {
-		r.cgroups.describe(b, c)
-	}
+	m := t.membership()
+	c.Cgroup, c.Unit, c.Container = m.cgroup, m.unit, m.container
 	if need.Groups || need.Parent {
 		if err := r.status(t, c, need); err != nil {
 			return err

@@ -5,8 +5,6 @@ import (
 	"path"
 	"slices"
 	"strings"
-
-	"kmsfs/internal/policy"
 )
 
 // A cgroupMounts says where the hierarchies are mounted, "" when they are not.
@@ -35,13 +33,17 @@ func findCgroups(proc int) cgroupMounts {
 	return m
 }
 
-// describe sets control group, unit and container from proc_pid_cgroup(5): from the
+// A membership is what a thread's control group says.
+type membership struct{ cgroup, unit, container string }
+
+// parseCgroup takes control group, unit and container from proc_pid_cgroup(5): from the
 // unified hierarchy, or from systemd's own where the unified one is not in use
 // (version 1), which shows as everybody being in its root.
-func (m cgroupMounts) describe(b []byte, c *policy.Caller) {
-	c.Cgroup = cgroupOf(b)
-	c.Unit, _ = unitOf(c.Cgroup)
-	c.Container = containerOf(c.Cgroup)
+func parseCgroup(b []byte) membership {
+	m := membership{cgroup: cgroupOf(b)}
+	m.unit, _ = unitOf(m.cgroup)
+	m.container = containerOf(m.cgroup)
+	return m
 }
 
 func cgroupOf(b []byte) string {

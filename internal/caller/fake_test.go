@@ -145,6 +145,37 @@ func TestRecycledParentIsUnknown(t *testing.T) {
 	}
 }
 
+// A parent that has died while it was looked at is not the parent any more.
+func TestParentIsReadAgain(t *testing.T) {
+	root := fakeProc(t,
+		process{tid: 7, ppid: 1, start: 500, comm: "x", exe: "/bin/x"},
+		process{tid: 3, start: 400, comm: "sh", exe: "/bin/sh"})
+	r := newReader(t, root)
+	child, err := r.open(7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer child.close()
+	if err := r.fixed(child); err != nil {
+		t.Fatal(err)
+	}
+	if p := r.parent(child, 3, everything()); p != nil {
+		t.Errorf("%+v was taken for the parent of a child that has another", p)
+	}
+}
+
+// Somebody may be in thousands of groups.
+func TestManyGroups(t *testing.T) {
+	var groups []string
+	for i := range 30000 {
+		groups = append(groups, fmt.Sprint(i))
+	}
+	root := fakeProc(t, process{tid: 7, start: 1, comm: "x", exe: "/bin/x", groups: strings.Join(groups, " ")})
+	if c := read(t, newReader(t, root), 7, everything()); len(c.Groups) != 30000 || c.Groups[29999] != 29999 {
+		t.Errorf("%d groups", len(c.Groups))
+	}
+}
+
 func TestUnitsAndContainers(t *testing.T) {
 	id := strings.Repeat("0123456789abcdef", 4)
 	for _, c := range []struct{ cgroup, path, unit, container string }{
@@ -178,10 +209,8 @@ func TestUnitsAndContainers(t *testing.T) {
 		{"0::/system.slice/containerd.service/kubepods-pod1.slice:cri-containerd:" + id + "\n", "/system.slice/containerd.service/kubepods-pod1.slice:cri-containerd:" + id, "containerd.service", id},
 		{"0::/machine.slice/crio-" + strings.ToUpper(id) + ".scope\n", "/machine.slice/crio-" + strings.ToUpper(id) + ".scope", "crio-" + strings.ToUpper(id) + ".scope", ""},
 	} {
-		var got policy.Caller
-		cgroupMounts{}.describe([]byte(c.cgroup), &got)
-		if got.Cgroup != c.path || got.Unit != c.unit || got.Container != c.container {
-			t.Errorf("%q: cgroup %q unit %q container %q", c.cgroup, got.Cgroup, got.Unit, got.Container)
+		if got, want := parseCgroup([]byte(c.cgroup)), (membership{c.path, c.unit, c.container}); got != want {
+			t.Errorf("%q: %+v, want %+v", c.cgroup, got, want)
 		}
 	}
 }

@@ -143,14 +143,23 @@ func TestThreadThatIsNotTheLeader(t *testing.T) {
 	tids := make(chan int)
 	release := make(chan struct{})
 	defer close(release)
-	go func() {
+	worker := func() {
 		runtime.LockOSThread() // and never unlocked, so that nobody inherits the name
-		name := []byte("worker\x00")
-		unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&name[0])), 0, 0, 0)
+		if unix.Gettid() != os.Getpid() {
+			name := []byte("worker\x00")
+			unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&name[0])), 0, 0, 0)
+		} else {
+			defer runtime.UnlockOSThread()
+		}
 		tids <- unix.Gettid()
 		<-release
-	}()
+	}
+	go worker()
 	tid := <-tids
+	if tid == os.Getpid() { // held by the first worker, so the second has another
+		go worker()
+		tid = <-tids
+	}
 	leader := read(t, r, os.Getpid(), policy.Need{})
 	for range 2 {
 		c := read(t, r, tid, policy.Need{})

@@ -32,12 +32,22 @@ func readFile(dir int, name string) ([]byte, error) {
 	return readAll(fd)
 }
 
+const bufferSize = 4096
+
 // buffers are lent to the kernel for one read.
-var buffers = sync.Pool{New: func() any { return new([4096]byte) }}
+var buffers = sync.Pool{New: func() any { return new([bufferSize]byte) }}
+
+// readOnce returns the whole of a file that the kernel writes in one go, from its start:
+// a read that does not fill the buffer has reached the end.
+func readOnce(fd int) ([]byte, error) {
+	return readUntil(fd, func(n int) bool { return n < bufferSize })
+}
 
 // readAll returns the whole file, from its start.
-func readAll(fd int) ([]byte, error) {
-	buf := buffers.Get().(*[4096]byte)
+func readAll(fd int) ([]byte, error) { return readUntil(fd, func(n int) bool { return n == 0 }) }
+
+func readUntil(fd int, end func(n int) bool) ([]byte, error) {
+	buf := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buf)
 	var all []byte
 	for len(all) < maxFile {
@@ -49,7 +59,7 @@ func readAll(fd int) ([]byte, error) {
 			return nil, err
 		}
 		all = append(all, buf[:n]...)
-		if n == 0 {
+		if end(n) {
 			return all, nil
 		}
 	}
@@ -58,7 +68,7 @@ func readAll(fd int) ([]byte, error) {
 
 // readlink returns "" for what cannot be read.
 func readlink(dir int, name string) string {
-	buf := buffers.Get().(*[4096]byte)
+	buf := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buf)
 	for {
 		n, err := unix.Readlinkat(dir, name, buf[:])

@@ -1,6 +1,7 @@
 package caller
 
 import (
+	"bytes"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -13,6 +14,9 @@ type thread struct {
 	files map[string]int // opened when first read
 	pid   int            // 0 until known
 	start uint64         // of the process
+
+	rawCgroup []byte // what the file said when it was last read, and what that meant
+	member    membership
 }
 
 // thread takes the descriptors of tid out of those kept, or opens them; kept says which.
@@ -71,7 +75,19 @@ func (t *thread) read(name string) ([]byte, error) {
 		}
 		t.files[name] = fd
 	}
-	return readAll(fd)
+	return readOnce(fd)
+}
+
+// membership reads the thread's control group, and parses it when it is another than before.
+func (t *thread) membership() membership {
+	b, err := t.read("cgroup")
+	if err != nil {
+		return membership{}
+	}
+	if t.rawCgroup == nil || !bytes.Equal(b, t.rawCgroup) {
+		t.rawCgroup, t.member = b, parseCgroup(b)
+	}
+	return t.member
 }
 
 func (t *thread) close() {
