@@ -77,7 +77,10 @@ func TestOrdinaryReaders(t *testing.T) {
 			m := boot(t, sealedDisk(t, secrets, true), c.append)
 			f := newFinder(secrets)
 			m.start()
-			m.ask("run", "/disk/bin/reader", "/disk/mnt")
+			if got, want := strings.TrimSpace(m.ask("run", "/disk/bin/reader", "/disk/mnt")), fmt.Sprint(nsecrets*size, " bytes"); got != want {
+				t.Fatalf("the reader read %q, want %q", got, want)
+			}
+			m.look(f, "after ordinary readers ended, mounted, "+c.name)
 			m.ask("run", "/disk/bin/kmsfs", "umount", "-c", "/disk/t.toml")
 			got := m.look(f, "after revoke, ordinary readers, "+c.name)
 			if got.disk != (count{}) || got.swap != (count{}) {
@@ -139,7 +142,7 @@ func (m *machine) expired() {
 	m.t.Helper()
 	var out string
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
-		out = m.ask("run", "/disk/bin/kmsfs", "status", "--json", "-c", "/disk/t.toml")
+		out = m.ask("run", "/disk/bin/kmsfs", "status", "--json", "t")
 		if strings.Contains(out, "\"entries\":0") || strings.Contains(out, "\"entries\": 0") {
 			return
 		}
