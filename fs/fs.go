@@ -286,7 +286,26 @@ func (f *tree) start() {
 		close(f.served)
 		_ = f.revoke(context.Background(), false)
 	}()
+	f.refusePoll()
 }
+
+// refusePoll makes the kernel ask once whether files can be polled, so that it
+// learns that they cannot. Go's runtime asks for each file it opens, in a way that
+// keeps others from running: a program that reads its own mount could stop for good.
+func (f *tree) refusePoll() {
+	if f.mountID == 0 {
+		return
+	}
+	fd, err := unix.Open(f.o.Mountpoint+"/"+pollHackName, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+}
+
+// pollHackName is a name in the root that go-fuse answers for itself.
+const pollHackName = ".go-fuse-epoll-hack"
 
 // free gives back what newTree and mount took.
 func (f *tree) free() {

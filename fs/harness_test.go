@@ -1,14 +1,18 @@
 package fs
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -34,22 +38,81 @@ func TestMain(m *testing.M) {
 	if role := os.Getenv("KMSFS_TEST_CHILD"); role != "" {
 		os.Exit(child(role, os.Args[1:]))
 	}
+	calm := watchdog()
 	code := m.Run()
-	if left := leftovers(); len(left) > 0 {
+	calm()
+	if left := leftovers(strconv.Itoa(os.Getpid())); len(left) > 0 {
 		fmt.Fprintf(os.Stderr, "mounts left behind: %v\n", left)
 		code = 1
 	}
 	os.Exit(code)
 }
 
+// watchdog starts a process that aborts our mounts when this one has not been
+// heard of for a minute. A test that reads its own mount cannot even be killed
+// while it waits for itself.
+func watchdog() (stop func()) {
+	cmd := exec.Command("/proc/self/exe", strconv.Itoa(os.Getpid()))
+	cmd.Env = append(os.Environ(), "KMSFS_TEST_CHILD=watchdog")
+	in, err := cmd.StdinPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "watchdog:", err)
+		os.Exit(1)
+	}
+	end := make(chan struct{})
+	go func() {
+		for {
+			_, _ = io.WriteString(in, "\n")
+			select {
+			case <-time.After(time.Second):
+			case <-end:
+				_ = in.Close()
+				return
+			}
+		}
+	}()
+	return func() {
+		close(end)
+		_ = cmd.Wait()
+	}
+}
+
+// watch is the watchdog's side.
+func watch(pid string) int {
+	beats := make(chan bool)
+	go func() {
+		for s := bufio.NewScanner(os.Stdin); s.Scan(); {
+			beats <- true
+		}
+		close(beats)
+	}()
+	for {
+		select {
+		case _, ok := <-beats:
+			if ok {
+				continue
+			}
+		case <-time.After(time.Minute):
+		}
+		for _, point := range leftovers(pid) {
+			fmt.Fprintln(os.Stderr, "watchdog: abort", point)
+			_ = unix.Unmount(point, unix.MNT_FORCE|unix.MNT_DETACH)
+		}
+		return 0
+	}
+}
+
 // leftovers lists mounts of ours below the directory for temporary files.
-func leftovers() (points []string) {
+func leftovers(pid string) (points []string) {
 	all, err := readMounts("/proc/self/mountinfo")
 	if err != nil {
 		return []string{err.Error()}
 	}
 	for _, m := range all {
-		if m.kind == mountType && strings.HasPrefix(m.point, os.TempDir()+"/") && strings.Contains(m.point, "/kmsfs-fs-"+strconv.Itoa(os.Getpid())+"-") {
+		if m.kind == mountType && strings.HasPrefix(m.point, os.TempDir()+"/") && strings.Contains(m.point, "/kmsfs-fs-"+pid+"-") {
 			points = append(points, m.point)
 		}
 	}
@@ -346,7 +409,7 @@ func statOf(t *testing.T, path string) (st unix.Stat_t) {
 	return st
 }
 
-func child(role string, args []string) int {
-	fmt.Fprintln(os.Stderr, "unknown role", role, args)
-	return 2
+func stacks() string {
+	buf := make([]byte, 1<<20)
+	return string(buf[:runtime.Stack(buf, true)])
 }

@@ -325,6 +325,9 @@ func (w *mountWatch) run(f *tree, table int) {
 			return
 		}
 	}
+	if f.ended() {
+		return
+	}
 	f.o.Log.Info("unmounted by hand: revoking", "mountpoint", f.o.Mountpoint)
 	go func() { _ = f.revoke(context.Background(), false) }()
 }

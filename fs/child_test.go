@@ -1,0 +1,203 @@
+package fs
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// child is what a process of the test binary does in a role of its own. It tells
+// its parent by lines on stdout and hears from it on stdin.
+func child(role string, args []string) int {
+	runtime.LockOSThread()
+	switch role {
+	case "open":
+		return openOnce(args[0])
+	case "watchdog":
+		return watch(args[0])
+	case "hold":
+		return hold(args[0], args[1])
+	}
+	fmt.Fprintln(os.Stderr, "unknown role", role)
+	return 2
+}
+
+// openOnce opens path by one system call and says what came of it.
+func openOnce(path string) int {
+	signal.Notify(make(chan os.Signal, 10), unix.SIGUSR1, unix.SIGCHLD, unix.SIGWINCH)
+	fmt.Println(unix.Gettid())
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		fmt.Println(errnoName(err))
+		return 0
+	}
+	b := make([]byte, 1000)
+	n, err := unix.Read(fd, b)
+	fmt.Println("read", n, errnoName(err))
+	return 0
+}
+
+func errnoName(err error) string {
+	if no, ok := err.(unix.Errno); ok {
+		return unix.ErrnoName(no)
+	}
+	return fmt.Sprint(err)
+}
+
+// hold opens path and keeps it as "fd", "private" or "shared", reads all of it
+// once, and at a line on stdin says what it can still get of it.
+func hold(path, how string) int {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		fmt.Println("open", errnoName(err))
+		return 1
+	}
+	b := make([]byte, 1<<20)
+	n, err := unix.Pread(fd, b, 0)
+	if err != nil || n == 0 {
+		fmt.Println("read", n, errnoName(err))
+		return 1
+	}
+	var m []byte
+	if how != "fd" {
+		flags := map[string]int{"private": unix.MAP_PRIVATE, "shared": unix.MAP_SHARED}[how]
+		if m, err = unix.Mmap(fd, 0, n, unix.PROT_READ, flags); err != nil {
+			fmt.Println("mmap", errnoName(err))
+			return 1
+		}
+		_ = touch(m)
+		_ = unix.Close(fd)
+		fd = -1
+	}
+	fmt.Println("holding")
+	if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
+		return 1
+	}
+	if m != nil {
+		fmt.Println("got", touch(m))
+		return 0
+	}
+	clear(b)
+	n, err = unix.Pread(fd, b, 0)
+	fmt.Println("got", max(n, 0), errnoName(err))
+	return 0
+}
+
+// touch reads one byte of each page and returns how many it could read.
+func touch(m []byte) (pages int) {
+	debug.SetPanicOnFault(true)
+	for off := 0; off < len(m); off += 4096 {
+		func() {
+			defer func() { _ = recover() }()
+			sink += int(m[off])
+			pages++
+		}()
+	}
+	return pages
+}
+
+var sink int
+
+// A process is a child under the control of a test.
+type process struct {
+	t     *testing.T
+	cmd   *exec.Cmd
+	in    io.WriteCloser
+	lines chan string
+	ended chan struct{}
+}
+
+// start runs the test binary in a role until the end of the test.
+func start(t *testing.T, role string, args ...string) *process {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), "KMSFS_TEST_CHILD="+role, "GOMAXPROCS=1")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p := &process{t: t, cmd: cmd, in: in, lines: make(chan string, 100), ended: make(chan struct{})}
+	go func() {
+		for s := bufio.NewScanner(out); s.Scan(); {
+			p.lines <- s.Text()
+		}
+		_ = cmd.Wait()
+		close(p.ended)
+		close(p.lines)
+	}()
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		select {
+		case <-p.ended:
+		case <-time.After(patience):
+			t.Error("a child cannot be killed")
+		}
+	})
+	return p
+}
+
+// line returns the next line the child says.
+func (p *process) line() string {
+	p.t.Helper()
+	select {
+	case l, ok := <-p.lines:
+		if !ok {
+			p.t.Fatal("the child ended without a word")
+		}
+		return l
+	case <-time.After(patience):
+		p.t.Fatal("the child says nothing")
+	}
+	return ""
+}
+
+func (p *process) silent() bool { return len(p.lines) == 0 }
+
+func (p *process) tell() {
+	_, _ = io.WriteString(p.in, "\n")
+}
+
+// signal sends sig to the thread that the child said it is.
+func (p *process) signal(tid string, sig unix.Signal) {
+	p.t.Helper()
+	id, err := strconv.Atoi(strings.TrimSpace(tid))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if err := unix.Tgkill(p.cmd.Process.Pid, id, sig); err != nil {
+		p.t.Fatalf("signal %v: %v", sig, err)
+	}
+}
+
+// lockThread makes what is done to the calling thread stay with this goroutine.
+func lockThread() { runtime.LockOSThread() }
+
+// setFsuid gives the calling thread, and no other, the rights of an ordinary user on files.
+func setFsuid(uid int) error {
+	if err := unix.Setfsuid(uid); err != nil {
+		return err
+	}
+	if now, err := unix.SetfsuidRetUid(-1); err != nil || now != uid {
+		return fmt.Errorf("setfsuid: %d, %v", now, err)
+	}
+	return nil
+}
