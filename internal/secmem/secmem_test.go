@@ -120,6 +120,28 @@ func TestFragmentationDoesNotStarveLargeSecrets(t *testing.T) {
 	}
 }
 
+// Memory that stays locked for the next secret must not be missing elsewhere.
+func TestIdleMemoryIsReclaimedWhereverItLies(t *testing.T) {
+	const limit = 1 << 20
+	a := newArena(t, limit)
+	page := os.Getpagesize()
+	bufs := make([]*secmem.Buffer, limit/page)
+	for i := range bufs {
+		bufs[i] = alloc(t, a, page)
+	}
+	holes := len(bufs) * 2 / 5
+	for i := range holes {
+		bufs[2*i].Wipe()
+	}
+	alloc(t, a, limit/4).Wipe() // fits into no hole, so it lies above all
+	for i := range holes {
+		bufs[2*i] = alloc(t, a, page)
+	}
+	for _, b := range bufs {
+		b.Wipe()
+	}
+}
+
 func TestChurnNeitherGrowsNorMixes(t *testing.T) {
 	const limit = 4 << 20
 	a := newArena(t, limit)

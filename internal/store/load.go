@@ -185,7 +185,7 @@ func (s *Store) leave(ctx context.Context, e *entry, l *load) (h *Handle, out Ou
 // mayServeStale reports whether e has bytes that may serve while the key
 // service is away.
 func (s *Store) mayServeStale(e *entry) bool {
-	return s.o.StaleOK > 0 && e.cur != nil && time.Since(e.cur.loaded) < s.o.keep()
+	return e.cur != nil && time.Since(e.cur.loaded) < s.o.keep()
 }
 
 // denied reports a final answer: what was decrypted before may not be served on.

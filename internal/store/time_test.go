@@ -199,6 +199,18 @@ func TestDenialDropsWhatWasKept(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			scrubs := make(chan uint64, 9)
 			f := newFixture(t, 1<<20, store.Options{TTL: ttl, StaleOK: hour, Scrub: func(id uint64) { scrubs <- id }})
+			wantScrub := func(want uint64) { // now, and not only when all time is over
+				t.Helper()
+				synctest.Wait()
+				select {
+				case id := <-scrubs:
+					if id != want {
+						t.Errorf("scrub of %d, want %d", id, want)
+					}
+				default:
+					t.Errorf("no scrub of %d", want)
+				}
+			}
 			held, _ := f.open(1)
 			h, _ := f.open(2)
 			h.Close()
@@ -209,10 +221,7 @@ func TestDenialDropsWhatWasKept(t *testing.T) {
 					t.Errorf("open of %d: %v, want %v", id, err, denial)
 				}
 			}
-			synctest.Wait()
-			if id := <-scrubs; id != 2 {
-				t.Errorf("scrub of %d", id)
-			}
+			wantScrub(2)
 			f.wantBuffers(1)
 			f.answer = func(context.Context, uint64) error { return keyring.ErrUnavailable }
 			if _, _, err := f.Open(t.Context(), 1, f.loader(1)); !errors.Is(err, keyring.ErrUnavailable) {
@@ -220,10 +229,7 @@ func TestDenialDropsWhatWasKept(t *testing.T) {
 			}
 			f.read(held, 1)
 			held.Close()
-			if id := <-scrubs; id != 1 {
-				t.Errorf("scrub of %d", id)
-			}
-			synctest.Wait()
+			wantScrub(1)
 			f.wantBuffers(0)
 		})
 	}
@@ -231,29 +237,35 @@ func TestDenialDropsWhatWasKept(t *testing.T) {
 
 func TestStaleBytesServeOnlyWhileTheKeyServiceIsAway(t *testing.T) {
 	hang := func(ctx context.Context, _ uint64) error { <-ctx.Done(); return ctx.Err() }
+	fail := func(err error) func(context.Context, uint64) error {
+		return func(context.Context, uint64) error { return err }
+	}
+	broken := errors.New("cannot read the sealed file")
 	for _, c := range []struct {
 		name    string
 		stale   time.Duration
 		answer  func(context.Context, uint64) error
-		mayFail error
+		err     error // of the load
+		mayPass bool
 	}{
-		{"unavailable", hour, func(context.Context, uint64) error { return keyring.ErrUnavailable }, keyring.ErrUnavailable},
-		{"throttled", hour, func(context.Context, uint64) error { return keyring.ErrThrottled }, keyring.ErrThrottled},
-		{"deadline", hour, hang, context.DeadlineExceeded},
-		{"off", 0, func(context.Context, uint64) error { return keyring.ErrUnavailable }, keyring.ErrUnavailable},
+		{"unavailable", hour, fail(keyring.ErrUnavailable), keyring.ErrUnavailable, true},
+		{"throttled", hour, fail(keyring.ErrThrottled), keyring.ErrThrottled, true},
+		{"deadline", hour, hang, context.DeadlineExceeded, true},
+		{"other error", hour, fail(broken), broken, false},
+		{"off", 0, fail(keyring.ErrUnavailable), keyring.ErrUnavailable, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFixture(t, 1<<20, store.Options{TTL: ttl, StaleOK: c.stale, Timeout: 10 * time.Second})
-				h, _ := f.open(1)
-				h.Close()
+				held, _ := f.open(1)
 				pass(ttl)
 				f.answer = c.answer
 				h, out, err := f.Open(t.Context(), 1, f.loader(1))
-				if c.stale == 0 {
-					if !errors.Is(err, c.mayFail) {
+				if !c.mayPass {
+					if !errors.Is(err, c.err) {
 						t.Errorf("open: %v", err)
 					}
+					held.Close()
 					return
 				}
 				if err != nil {
@@ -265,10 +277,11 @@ func TestStaleBytesServeOnlyWhileTheKeyServiceIsAway(t *testing.T) {
 				f.read(h, 1)
 				h.Close()
 				pass(c.stale)
-				f.wantBuffers(0)
-				if _, _, err := f.Open(t.Context(), 1, f.loader(1)); !errors.Is(err, c.mayFail) {
+				if _, _, err := f.Open(t.Context(), 1, f.loader(1)); !errors.Is(err, c.err) {
 					t.Errorf("open past stale_ok: %v", err)
 				}
+				held.Close()
+				f.wantBuffers(0)
 			})
 		})
 	}
@@ -475,4 +488,49 @@ func forcedCollections() uint32 {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return m.NumForcedGC
+}
+
+// What is dropped while it is being decrypted serves those who wait for it, and nobody after.
+func TestDropDuringALoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(t, 1<<20, store.Options{TTL: ttl})
+		f.answer = func(context.Context, uint64) error { time.Sleep(time.Second); return nil }
+		opened := make(chan *store.Handle)
+		go func() { h, _ := f.open(1); opened <- h }()
+		synctest.Wait()
+		f.Drop(1)
+		h := <-opened
+		f.read(h, 1)
+		if h2, out := f.open(1); out.Cached {
+			t.Error("a dropped plaintext served a new open")
+		} else {
+			h2.Close()
+		}
+		h.Close()
+		f.wantLoads(2)
+		f.wantBuffers(1) // of the second
+	})
+}
+
+// With the budget full of bytes that are kept for bad days, good days must still go on.
+func TestStaleBytesGiveWayToTheirSuccessor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(t, 4*4096, store.Options{TTL: ttl, StaleOK: hour})
+		f.size = 4096
+		for id := range uint64(4) {
+			h, _ := f.open(id)
+			h.Close()
+		}
+		pass(ttl)
+		var wg sync.WaitGroup
+		f.answer = func(context.Context, uint64) error { time.Sleep(time.Second); return nil }
+		for id := range uint64(4) { // all at once, so that none is idle
+			wg.Go(func() {
+				h, _ := f.open(id)
+				f.read(h, id)
+				h.Close()
+			})
+		}
+		wg.Wait()
+	})
 }
