@@ -36,6 +36,7 @@ type Reader struct {
 
 	mu      sync.Mutex
 	threads map[int]*thread // by tid
+	room    int             // for so many of them
 	since   map[string]activation
 	sums    map[fileID]string
 
@@ -55,6 +56,7 @@ func New(root string) (*Reader, error) {
 		root:    fd,
 		units:   "/run/systemd/units",
 		threads: map[int]*thread{},
+		room:    maxThreads,
 		since:   map[string]activation{},
 		sums:    map[fileID]string{},
 		hashing: make(chan struct{}, maxHashing),

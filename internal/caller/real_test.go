@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -249,6 +250,53 @@ func TestExecutablesInDoubt(t *testing.T) {
 		if got.PID != c.child.Process.Pid || got.Exe != c.exe || (got.ExeDoubt == "") != (c.doubt == "") || !strings.Contains(got.ExeDoubt, c.doubt) {
 			t.Errorf("%s: pid %d exe %q doubt %q, want %q, %q", c.name, got.PID, got.Exe, got.ExeDoubt, c.exe, c.doubt)
 		}
+	}
+}
+
+// Many at once, with room for few, get their own facts, and no descriptor is left behind.
+func TestManyCallersAtOnce(t *testing.T) {
+	descriptors := func() int {
+		names, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(names)
+	}
+	sleep, cat := program(t, "sleep"), program(t, "cat")
+	exes := map[int]string{}
+	for range 3 {
+		exes[start(t, nil, sleep, "1000").Process.Pid] = sleep
+		exes[start(t, nil, cat).Process.Pid] = cat
+	}
+	before := descriptors()
+	r, err := New("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.room = 2
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 50 {
+				for pid, exe := range exes {
+					c, err := r.Read(1, 2, uint32(pid), policy.Need{Groups: true})
+					if err != nil || c.PID != pid || c.Exe != exe || c.Comm != filepath.Base(exe) {
+						t.Errorf("%d: %+v, %v", pid, c, err)
+						return
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if len(r.threads) > 2 {
+		t.Errorf("%d threads kept", len(r.threads))
+	}
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
+	if after := descriptors(); after != before {
+		t.Errorf("%d descriptors before, %d after", before, after)
 	}
 }
 

@@ -41,7 +41,7 @@ func (r *Reader) done(t *thread, keep bool) {
 	if !keep || !r.real || r.threads[t.tid] != nil {
 		drop = t
 	} else {
-		if len(r.threads) >= maxThreads {
+		if len(r.threads) >= r.room {
 			for tid, other := range r.threads {
 				drop = other
 				delete(r.threads, tid)

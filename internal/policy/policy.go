@@ -95,6 +95,7 @@ type Decision struct {
 type Policy struct {
 	rules []rule
 	deny  bool
+	learn bool
 }
 
 // A rule is a compiled Rule.
@@ -171,6 +172,16 @@ func (p *Policy) Warnings() []string {
 	return w
 }
 
+// Learning returns a Policy that shows files as p does but allows every open, so that
+// owner and mode alone decide; the reason says what p would have said.
+func (p *Policy) Learning() *Policy {
+	l := &Policy{learn: true}
+	if p != nil {
+		l.rules, l.deny = p.rules, p.deny
+	}
+	return l
+}
+
 // Need says which costly facts about the caller the rules want.
 type Need struct{ Groups, Exe, Parent, ExeSHA256, UnitSince bool }
 
@@ -221,7 +232,14 @@ func (p *Policy) Decide(m Match, c *Caller, now time.Time) Decision {
 	if m.policy != p {
 		m = p.Match(m.path)
 	}
-	r := m.rule
+	d := p.decide(m.rule, c, now)
+	if p != nil && p.learn && !d.Allow {
+		d.Allow, d.Reason = true, "learning, else denied: "+d.Reason
+	}
+	return d
+}
+
+func (p *Policy) decide(r *rule, c *Caller, now time.Time) Decision {
 	switch {
 	case r == nil && p != nil && p.deny:
 		return Decision{Rule: "default", Reason: "no rule names this file"}

@@ -287,6 +287,47 @@ func TestMatchOfAnotherPolicyIsFoundAgain(t *testing.T) {
 	}
 }
 
+func TestLearningAllowsAndTells(t *testing.T) {
+	mode := uint32(0o400)
+	p := compile(t, true, Rule{Path: "a", Mode: &mode, Allow: []string{"user:root"}}).Learning()
+	for path, want := range map[string]Decision{
+		"a": {true, "rule 1 (a)", "learning, else denied: needs user:root, uid is 1000"},
+		"b": {true, "default", "learning, else denied: no rule names this file"},
+	} {
+		if d := p.Decide(p.Match(path), &Caller{UID: 1000, PID: 1}, noon); d != want {
+			t.Errorf("%s: %+v, want %+v", path, d, want)
+		}
+	}
+	if m := p.Match("a"); m.Mode != &mode {
+		t.Error("learning does not show the rule's mode")
+	}
+	if d := p.Decide(p.Match("a"), &Caller{PID: 1}, noon); d.Reason != "user:root" {
+		t.Errorf("what the rules allow: %+v", d)
+	}
+	var none *Policy
+	if d := none.Learning().Decide(none.Learning().Match("a"), &Caller{}, noon); !d.Allow {
+		t.Errorf("without rules: %+v", d)
+	}
+}
+
+// A process chooses the name of its executable, and people read reasons in terminals.
+func TestReasonsArePrintable(t *testing.T) {
+	p := compile(t, true, Rule{Path: "a", Allow: []string{"exe:/bin/a"}})
+	for exe, want := range map[string]string{
+		"/tmp/\x1b[2J\n":   `exe is "/tmp/\x1b[2J\n"`,
+		"/tmp/ä b":         "exe is /tmp/ä b",
+		`/tmp/a"b`:         `exe is /tmp/a"b`,
+		"/tmp/\xff":        `exe is "/tmp/\xff"`,
+		"/tmp/back\\slash": `exe is /tmp/back\slash`,
+		"/tmp/\\ and \x1b": `exe is "/tmp/\\ and \x1b"`,
+	} {
+		d := p.Decide(p.Match("a"), &Caller{PID: 1, Exe: exe}, noon)
+		if !strings.HasSuffix(d.Reason, want) {
+			t.Errorf("%q: %s, want %s", exe, d.Reason, want)
+		}
+	}
+}
+
 func TestWarningsNameShadowedRules(t *testing.T) {
 	p := compile(t, false, Rule{Path: "a"}, Rule{Path: "a"}, Rule{Path: "**"}, Rule{Path: "b"})
 	w := p.Warnings()

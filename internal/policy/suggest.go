@@ -64,8 +64,8 @@ func describe(s Seen, names Names) string {
 	if isService(s.Unit) {
 		return user + " unit:" + strings.ReplaceAll(escape(s.Unit), `\\x`, `\x`)
 	}
-	if s.Exe != "" {
-		return user + " exe:" + escape(s.Exe)
+	if exe := strings.TrimSuffix(s.Exe, " (deleted)"); exe != "" { // replaced since it was started
+		return user + " exe:" + escape(exe)
 	}
 	return user
 }

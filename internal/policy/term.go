@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/bmatcuk/doublestar/v4"
 )
@@ -346,9 +347,13 @@ func executable(c *Caller) string {
 	return orUnknown(c.Exe)
 }
 
+// orUnknown quotes what would not print as it is: processes choose their names.
 func orUnknown(s string) string {
 	if s == "" {
 		return "not known"
+	}
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) {
+		return strconv.Quote(s)
 	}
 	return s
 }
