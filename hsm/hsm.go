@@ -258,8 +258,8 @@ func (b *Backend) Probe(ctx context.Context, uri string) error {
 // modules crash on empty authenticated data.
 func canonical(ec keyring.Context) ([]byte, error) { return ec.Canonical() }
 
-// mostLogins is how often one operation may find itself logged out: at its
-// start, and after each time the module had to be initialised anew.
+// mostLogins is how often one operation may find itself logged out of one
+// worker: at its start, and after the module was initialised anew.
 const mostLogins = 3
 
 // do runs one request to its end, logging in when the token wants that.
@@ -269,22 +269,38 @@ func (b *Backend) do(ctx context.Context, k *key, req wire.Request, secret *secm
 		return result{}, err
 	}
 	req.Key, req.IV, req.CanLogin = k.sel, k.iv, b.login.hasSource(k)
-	for range mostLogins {
-		res, err := s.do(ctx, req, secret, true)
+	f := new(fate)
+	var last *process
+	var unclear error
+	for logins := 0; logins < mostLogins; logins++ {
+		res, err := s.do(ctx, req, secret, f)
 		if err != nil {
 			return result{}, err
 		}
 		switch {
 		case res.Status == wire.OK:
 			return res, nil
+		case res.Status == wire.BadWrapping && !f.doubt:
+			// Not every module is as safe for threads as it says: a file is
+			// only called bad when nothing else ran at the same time.
+			f.doubt = true
+			continue
 		case res.Status != wire.NeedPIN || res.Token == nil:
 			res.secret.Wipe()
 			return result{}, failure(res.Reply)
 		}
-		if err := b.login.in(ctx, s, k, res); err != nil {
+		err = b.login.in(ctx, s, k, res)
+		if errors.Is(err, errNoVerdict) && unclear == nil && res.Token.Flags&flagPINCountLow == 0 {
+			unclear = err // another program may have been in the way; ask once more
+			continue
+		}
+		if err != nil {
 			return result{}, err
 		}
 		req.Revived = req.Revived || res.Token.Revived
+		if res.from != last {
+			last, logins, req.Revived = res.from, 0, res.Token.Revived
+		}
 	}
 	return result{}, fmt.Errorf("%w: the token loses every login", keyring.ErrUnavailable)
 }

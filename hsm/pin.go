@@ -24,6 +24,9 @@ import (
 // service manager should not restart the program.
 var ErrPIN = fmt.Errorf("%w: PIN", keyring.ErrDenied)
 
+// errNoVerdict marks a login that failed without a word on the PIN.
+var errNoVerdict = errors.New("")
+
 // CK_TOKEN_INFO.flags that matter before a login.
 const (
 	flagPINInitialized = 0x00000008
@@ -174,59 +177,49 @@ func refusePIN(t *wire.Token) error {
 // that has worked is known to be right, so nothing can be lost by using it again.
 func (l *login) attempt(ctx context.Context, s *supervisor, k *key, token *wire.Token, t *tokenLogin, pin *secmem.Buffer) error {
 	m := l.markOf(pin)
-	switch {
-	case m.is(t.proven):
-		return l.send(ctx, s, k, token, t, pin, m, nil)
-	case m.is(t.refused):
+	if m.is(t.refused) {
 		return t.refusal
 	}
+	// The lock also keeps two programs from logging in at once, at which some
+	// modules stumble.
 	stamp, err := openStamp(ctx, l.o.StampDir, token)
 	if err != nil {
 		return err
 	}
 	defer stamp.close()
-	if err := stamp.begin(pin.Bytes()); err != nil {
-		return t.refuse(m, err)
+	proven := m.is(t.proven)
+	if !proven {
+		if err := stamp.begin(pin.Bytes()); err != nil {
+			return t.refuse(m, err)
+		}
 	}
-	return l.send(ctx, s, k, token, t, pin, m, stamp)
+	return l.send(ctx, s, k, token, t, pin, m, stamp, proven)
 }
 
-// send makes the attempt. stamp is nil for a PIN that has worked before.
-func (l *login) send(ctx context.Context, s *supervisor, k *key, token *wire.Token, t *tokenLogin, pin *secmem.Buffer, m mark, stamp *stamp) error {
+// send makes the attempt.
+func (l *login) send(ctx context.Context, s *supervisor, k *key, token *wire.Token, t *tokenLogin, pin *secmem.Buffer, m mark, stamp *stamp, proven bool) error {
 	sel := k.sel
 	sel.Serial, sel.Token, sel.Slot = token.Serial, token.Label, &token.Slot
-	res, err := s.do(ctx, wire.Request{Op: wire.Login, Key: sel}, pin, stamp == nil)
+	res, err := s.do(ctx, wire.Request{Op: wire.Login, Key: sel}, pin, &fate{final: !proven})
 	if err != nil { // nobody knows whether the token counted it; the stamp stays
 		return fmt.Errorf("log in to token %q: %w", token.Label, err)
 	}
 	if res.Status == wire.BadPIN {
-		return l.refused(ctx, token, t, pin, m, stamp, res.Text)
+		t.proven = mark{}
+		err := t.refuse(m, fmt.Errorf("%w of token %q: %s", ErrPIN, token.Label, res.Text))
+		return errors.Join(err, stamp.refused(pin.Bytes()))
 	}
-	if stamp != nil {
+	if !proven {
 		err = stamp.settled(pin.Bytes())
 	}
 	if res.Status != wire.OK {
-		return errors.Join(fmt.Errorf("log in to token %q: %w", token.Label, failure(res.Reply)), err)
+		return errors.Join(fmt.Errorf("log in to token %q: %w%w", token.Label, failure(res.Reply), errNoVerdict), err)
 	}
 	t.proven = m
 	if err != nil {
 		l.o.Log.Warn("forget that a login was begun", "token", token.Label, "error", err)
 	}
 	return nil
-}
-
-// refused remembers a PIN that the token refused.
-func (l *login) refused(ctx context.Context, token *wire.Token, t *tokenLogin, pin *secmem.Buffer, m mark, stamp *stamp, text string) error {
-	t.proven = mark{}
-	err := t.refuse(m, fmt.Errorf("%w of token %q: %s", ErrPIN, token.Label, text))
-	if stamp == nil { // it was right once, and is not any more
-		var failed error
-		if stamp, failed = openStamp(ctx, l.o.StampDir, token); failed != nil {
-			return errors.Join(err, failed)
-		}
-		defer stamp.close()
-	}
-	return errors.Join(err, stamp.refused(pin.Bytes()))
 }
 
 // refuse makes err the answer for the PIN of m from now on.

@@ -221,7 +221,7 @@ func (p *process) receive() {
 		var reply wire.Reply
 		secret, err := p.conn.Receive(&reply)
 		if err != nil {
-			if !errors.Is(err, io.EOF) {
+			if !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, net.ErrClosed) {
 				p.end("talks nonsense: "+err.Error(), false)
 			}
 			break

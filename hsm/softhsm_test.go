@@ -24,14 +24,18 @@ var sharedToken = sync.OnceValues(func() (*hsmtest.Token, error) {
 	return token, token.Tool("--keygen", "--key-type", "aes:32", "--label", "other", "--id", "03")
 })
 
-// softHSM returns a token that no test may damage.
+// softHSM returns a token for one test.
 func softHSM(t testing.TB) *hsmtest.Token {
 	t.Helper()
 	token, err := sharedToken()
 	if err != nil {
 		t.Fatalf("%v (%s)", err, hsmtest.Install)
 	}
-	return token
+	mine, err := token.Copy(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return mine
 }
 
 func newArena(t testing.TB) *secmem.Arena {

@@ -61,28 +61,33 @@ type result struct {
 	from   *process
 }
 
-// do runs one request. With again it is tried a second time if the worker dies.
-func (s *supervisor) do(ctx context.Context, req wire.Request, secret *secmem.Buffer, again bool) (result, error) {
-	weight := int64(1)
+// A fate is what has befallen an operation so far, over all its requests.
+type fate struct {
+	final bool // the next death ends it
+	alone bool // it may have killed a worker, so it runs alone
+	doubt bool // it should run alone, for a verdict that nothing else disturbs
+}
+
+// do runs one request, and once more if the worker dies and its fate allows.
+func (s *supervisor) do(ctx context.Context, req wire.Request, secret *secmem.Buffer, f *fate) (result, error) {
 	for {
-		res, err := s.try(ctx, req, secret, weight)
+		res, err := s.try(ctx, req, secret, f)
 		var died *errDied
 		if !errors.As(err, &died) {
 			return res, err
 		}
-		if !again {
+		if f.final {
 			return result{}, fmt.Errorf("%w: %w", keyring.ErrUnavailable, died)
 		}
-		again = false
-		if !died.hung {
-			weight = s.all
-		}
+		f.final = true
+		f.alone = f.alone || !died.hung
 	}
 }
 
-// try runs one request on the present worker, holding weight slots.
-func (s *supervisor) try(ctx context.Context, req wire.Request, secret *secmem.Buffer, weight int64) (result, error) {
-	if err := s.slots.Acquire(ctx, weight); err != nil {
+// try runs one request on the present worker.
+func (s *supervisor) try(ctx context.Context, req wire.Request, secret *secmem.Buffer, f *fate) (result, error) {
+	weight, err := s.acquire(ctx, f)
+	if err != nil {
 		return result{}, tooLate("wait for a session", ctx)
 	}
 	for {
@@ -105,6 +110,24 @@ func (s *supervisor) try(ctx context.Context, req wire.Request, secret *secmem.B
 		}
 		return s.wait(ctx, p, c, weight)
 	}
+}
+
+// calm is how long a request in doubt waits for the others to finish.
+const calm = time.Second
+
+// acquire takes one slot, or all of them, and says how many.
+func (s *supervisor) acquire(ctx context.Context, f *fate) (int64, error) {
+	if f.alone {
+		return s.all, s.slots.Acquire(ctx, s.all)
+	}
+	if f.doubt {
+		brief, cancel := context.WithTimeout(ctx, calm)
+		defer cancel()
+		if s.slots.Acquire(brief, s.all) == nil {
+			return s.all, nil
+		}
+	}
+	return 1, s.slots.Acquire(ctx, 1)
 }
 
 // wait waits for the answer, the caller's end or the request's. It gives the

@@ -24,6 +24,7 @@ type canary struct {
 	value  []byte            // not secret
 	bodies map[string][]byte // by mode
 	never  map[string]error  // by mode: why there is none
+	works  map[string]bool   // by mode: it has worked with this token
 }
 
 var canaryContext = []byte(`{"canary":"kmsfs"}`)
@@ -41,19 +42,34 @@ func (n *canary) body(c cipher, mode string) ([]byte, error) {
 		return nil, err
 	}
 	if n.bodies == nil {
-		n.bodies, n.never = make(map[string][]byte), make(map[string]error)
+		n.bodies, n.never, n.works = make(map[string][]byte), make(map[string]error), make(map[string]bool)
 		n.value = make([]byte, wrapping.FileKey)
 		rand.Read(n.value)
 	}
 	b, err := c.seal(mode, canaryContext, n.value)
 	if err == nil {
 		n.bodies[mode] = b
+		n.works[mode] = !wrapping.IsRSA(mode) // which asks nothing of the token
 		return b, nil
 	}
 	if cl := classOf(err); cl == refused || cl == unable {
 		n.never[mode] = fmt.Errorf("%w in %s: %w", errNoCanary, mode, err)
 	}
 	return nil, err
+}
+
+func (n *canary) worked(mode string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.works[mode] = true
+}
+
+// unproved reports whether a mode has never worked, so that its failure says
+// nothing about the token's health.
+func (n *canary) unproved(mode string) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return !n.works[mode]
 }
 
 // reason returns why there is no canary of a mode for good.
@@ -82,6 +98,7 @@ func (e *engine) openCanary(mode string) job {
 		if !bytes.Equal(got.Bytes(), k.canary.value) {
 			return errContent
 		}
+		k.canary.worked(mode)
 		return nil
 	}
 }
@@ -100,13 +117,23 @@ func (e *engine) plant(t *token, k *key, s pkcs11.SessionHandle) bool {
 	return err == nil
 }
 
-// canaryOpens reports whether a canary of the same key opens, in the operation's
-// mode or else in another: then the token is well.
+// canaryOpens reports whether a canary of the same key opens: then the token is
+// well. That of the operation's own mode decides, but for a mode that the token
+// cannot do and never did: then another may speak for it.
 func (e *engine) canaryOpens(op operation) bool {
 	for _, mode := range relatives(op.req.Mode) {
-		if _, err := e.attempt(op.req, false, e.openCanary(mode)); err == nil {
+		proved := false
+		_, err := e.attempt(op.req, false, func(t *token, k *key, s pkcs11.SessionHandle) error {
+			err := e.openCanary(mode)(t, k, s)
+			proved = k.fits(mode) == nil && !k.canary.unproved(mode)
+			return err
+		})
+		if err == nil {
 			e.pauses.reset()
 			return true
+		}
+		if proved || classOf(err) != unable {
+			return false
 		}
 	}
 	return false

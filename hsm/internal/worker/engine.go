@@ -173,15 +173,23 @@ func (e *engine) token(sel wire.Selector) (*token, error) {
 		return nil, judgef(wire.Denied, "more than one token matches, add serial: %s", list(all))
 	}
 	t := found[0]
-	for _, known := range e.tokens { // the same token under another selector
-		if known.slot == t.slot {
-			e.tokens[name] = known
-			return known, nil
-		}
+	if known := e.known(t.slot); known != nil { // under another selector
+		e.tokens[name] = known
+		return known, nil
 	}
 	t.epoch = e.epoch
 	e.tokens[name] = t
 	return t, nil
+}
+
+// known returns the token of a slot that was found before.
+func (e *engine) known(slot uint) *token {
+	for _, t := range e.tokens {
+		if t.slot == slot {
+			return t
+		}
+	}
+	return nil
 }
 
 func list(items []string) string {
@@ -193,7 +201,7 @@ func list(items []string) string {
 }
 
 func (e *engine) login(req wire.Request, pin *secmem.Buffer) error {
-	if pin == nil || pin.Len() == 0 {
+	if pin == nil || pin.Len() == 0 || req.Key.Slot == nil {
 		return judgef(wire.BadPIN, "it is empty")
 	}
 	if err := e.bringUp(); err != nil {
@@ -204,7 +212,7 @@ func (e *engine) login(req wire.Request, pin *secmem.Buffer) error {
 	if !e.up {
 		return errDown
 	}
-	t, err := e.token(req.Key)
+	t, err := e.loginToken(req.Key)
 	if err != nil {
 		return err
 	}
@@ -213,6 +221,17 @@ func (e *engine) login(req wire.Request, pin *secmem.Buffer) error {
 		return judge(wire.BadPIN, err)
 	}
 	return err
+}
+
+// loginToken returns the token that asked for a PIN.
+func (e *engine) loginToken(sel wire.Selector) (*token, error) {
+	e.mu.Lock()
+	t := e.known(*sel.Slot)
+	e.mu.Unlock()
+	if t != nil && t.info.SerialNumber == sel.Serial && t.info.Label == sel.Token {
+		return t, nil
+	}
+	return e.token(sel)
 }
 
 // bringUp initialises the module if that has not been done.

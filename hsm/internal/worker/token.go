@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -44,7 +45,7 @@ func findTokens(lib *library, sel wire.Selector) (found []*token, others []strin
 		return nil, nil, failed("C_GetSlotList", err)
 	}
 	for _, slot := range slots {
-		info, err := lib.GetTokenInfo(slot)
+		info, err := tokenInfo(lib, slot)
 		if err != nil {
 			others = append(others, fmt.Sprintf("slot %d: %v", slot, err))
 			continue
@@ -58,6 +59,18 @@ func findTokens(lib *library, sel wire.Selector) (found []*token, others []strin
 		}
 	}
 	return found, others, nil
+}
+
+// tokenInfo asks more than once: SoftHSM fails at this for a moment while
+// another process logs in.
+func tokenInfo(lib *library, slot uint) (info pkcs11.TokenInfo, err error) {
+	for range 5 {
+		if info, err = lib.GetTokenInfo(slot); err == nil {
+			return info, nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return info, failed("C_GetTokenInfo", err)
 }
 
 // trim removes the padding, which is spaces by the standard and zeros by some.
@@ -124,8 +137,7 @@ func (t *token) maybeLogin(req wire.Request) bool {
 }
 
 // take returns a session nobody else uses: with two operations in one session,
-// modules crash. If the token has no more it waits for one to come back, and
-// lends the anchor when there is no other.
+// modules crash. If the token has no more it waits for one to come back.
 func (t *token) take() (pkcs11.SessionHandle, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -137,14 +149,9 @@ func (t *token) take() (pkcs11.SessionHandle, error) {
 			return s, nil
 		}
 		s, err := t.open()
-		if isCode(err, pkcs11.CKR_SESSION_COUNT) {
-			if t.lent > 0 {
-				t.returned.Wait()
-				continue
-			}
-			if t.anchor != nil {
-				s, err, t.anchor = *t.anchor, nil, nil
-			}
+		if isCode(err, pkcs11.CKR_SESSION_COUNT) && t.lent > 0 {
+			t.returned.Wait()
+			continue
 		}
 		if err == nil {
 			t.lent++
@@ -197,11 +204,7 @@ func (t *token) doubt() {
 		_ = t.lib.CloseSession(s)
 	}
 	t.idle = nil
-	if !t.loggedIn {
-		return
-	}
-	if t.anchor == nil { // it is lent; who has it will say
-		t.loggedIn = false
+	if !t.loggedIn || t.anchor == nil {
 		return
 	}
 	info, err := t.lib.GetSessionInfo(*t.anchor)
