@@ -186,7 +186,7 @@ func TestEditedBindingIsRefused(t *testing.T) {
 		"bound elsewhere":       with(line(other)),
 		"no binding":            with(""),
 		"bound to nothing":      with(line(nil)),
-		"two bindings":          with(line(other) + line(other)),
+		"the same one twice":    with(line(other) + line(other)),
 		"two different ones":    with(line(place) + line(other)),
 		"an argument too many":  with(strings.Replace(line(other), "\n\n", " x\n\n", 1)),
 		"no argument":           with("-> kmsfs\n\n"),
@@ -208,6 +208,11 @@ func TestEditedBindingIsRefused(t *testing.T) {
 	} {
 		if _, err := b.open(bad, other); !errors.Is(err, sealed.ErrTampered) {
 			t.Errorf("%s: %v, want ErrTampered", what, err)
+		}
+		// What is not a binding at all shows without a key.
+		wellFormed := what == "bound elsewhere" || what == "no binding"
+		if _, err := sealed.Parse(bytes.NewReader(bad), int64(len(bad))); (err == nil) != wellFormed || (err != nil && !errors.Is(err, sealed.ErrTampered)) {
+			t.Errorf("%s: parse: %v", what, err)
 		}
 	}
 }

@@ -202,6 +202,33 @@ func TestTraceNamesTheKey(t *testing.T) {
 	}
 }
 
+// bodies is a key whose wrapped file keys have any length.
+type bodies struct {
+	keyring.Backend
+	n int
+}
+
+func (b bodies) Wrap(context.Context, string, *secmem.Buffer, keyring.Context) (keyring.Stanza, error) {
+	return keyring.Stanza{Type: "test", Args: []string{"a", "b"}, Body: random(b.n)}, nil
+}
+
+// Lines of a body end at 64 characters, and a full last one is followed by an
+// empty one.
+func TestStanzaBodiesOfAnyLength(t *testing.T) {
+	b, id := newBench(t), newIdentity(t)
+	for n := range 200 {
+		file := b.seal(sealed.Sealer{
+			Keys: []keyring.Key{{URI: "test:", Backend: bodies{n: n}}}, Recovery: []age.Recipient{id.Recipient()},
+		}, []byte("secret"))
+		if got := len(parse(t, file).Stanzas[0].Body); got != n {
+			t.Errorf("a body of %d bytes came back as %d", n, got)
+		}
+		if got := ageDecrypt(t, file, false, id); string(got) != "secret" {
+			t.Errorf("age does not open a file with a body of %d bytes", n)
+		}
+	}
+}
+
 // wrongSize hands out file keys of a length that age does not have.
 type wrongSize struct {
 	keyring.Backend
