@@ -31,6 +31,7 @@ func TestCutPlaintext(t *testing.T) {
 		`{"Response":{"Plaintext":"c2VjcmV0","Plaintext":"c2VjcmV0"}}`:                                               "",
 		`{"Response":{"x":{"Plaintext":"c2VjcmV0"}}}`:                                                                "",
 		`{"Response":[{"Plaintext":"c2VjcmV0"}]}`:                                                                    "",
+		`{"a":{"Response":{"Plaintext":"c2VjcmV0"}}}`:                                                                "",
 		`{"Plaintext":"c2VjcmV0"}`:                                                                                   "",
 		`{"Response":{"Plainte\u0078t":"c2VjcmV0"}}`:                                                                 "",
 		`{"Response":{,"Plaintext":"c2VjcmV0"}}`:                                                                     "",

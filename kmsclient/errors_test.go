@@ -71,6 +71,22 @@ func TestCodes(t *testing.T) {
 	}
 }
 
+// TestErrorOfOddType: an error is one whatever type of content it claims to be; the SDK
+// does not look into all.
+func TestErrorOfOddType(t *testing.T) {
+	srv := kmstest.New(t)
+	c := newClient(t, srv)
+	for _, contentType := range []string{"text/event-stream", "application/octet-stream", "text/html"} {
+		srv.Queue("Decrypt", kmstest.Fault{
+			Code: "ResourceUnavailable.CmkDisabled", Header: http.Header{"Content-Type": {contentType}},
+		})
+		_, err := c.OpenBlob(t.Context(), uriOf(srv, srv.CreateKey(contentType[:4])), []byte("x"), nil)
+		if got := lastRequest(srv); got.Code != "ResourceUnavailable.CmkDisabled" || !errors.Is(err, keyring.ErrKeyGone) {
+			t.Errorf("%s: got %v", contentType, err)
+		}
+	}
+}
+
 func lastRequest(srv *kmstest.Server) kmstest.Request {
 	all := srv.Requests()
 	return all[len(all)-1]
@@ -148,8 +164,8 @@ func TestFaults(t *testing.T) {
 		"500 empty":                {Status: 500},
 		"503 with the answer":      {Status: 503, Body: []byte(`{"Response":{` + keyID + `,"Plaintext":"` + encoded + `"}}`)},
 		"401 JSON":                 kmstest.Answer(401, `{"message":"`+encoded+`"}`),
-		"redirect":                 {Status: 307, Header: http.Header{"Location": {"https://" + srv.Addr() + "/x"}}},
-		"redirect to plain HTTP":   {Status: 302, Header: http.Header{"Location": {"http://" + srv.Addr() + "/"}}},
+		"redirect":                 {Status: 307, Body: []byte("{}"), Header: http.Header{"Location": {"https://" + srv.Addr() + "/x"}}},
+		"redirect to plain HTTP":   {Status: 302, Body: []byte("{}"), Header: http.Header{"Location": {"http://" + srv.Addr() + "/"}}},
 		"empty":                    {Status: 200, Body: []byte{}},
 		"empty object":             kmstest.Answer(200, `{}`),
 		"null":                     kmstest.Answer(200, `null`),
@@ -200,6 +216,9 @@ func TestFaults(t *testing.T) {
 			}
 			if leaks(err.Error(), plain) {
 				t.Errorf("the error quotes the answer: %v", err)
+			}
+			if n := srv.Count(""); n > 2 {
+				t.Errorf("%d requests were sent", n)
 			}
 			got, err = c.OpenBlob(within(t, generous), key, blob, nil)
 			if err != nil {
