@@ -93,7 +93,8 @@ func readKey(arena *secmem.Arena, path string) (*secmem.Buffer, version, error) 
 	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 		return nil, version{}, unreadable("read", path, err)
 	}
-	key, err := parseKey(arena, path, text.Bytes()[:n])
+	var key *secmem.Buffer
+	secmem.Do(func() { key, err = parseKey(arena, path, text.Bytes()[:n]) })
 	return key, versionOf(&st), err
 }
 
@@ -186,7 +187,7 @@ func newKeyText(arena *secmem.Arena) (*secmem.Buffer, error) {
 	}
 	out := text.Bytes()
 	n := copy(out, start)
-	keyText().Encode(out[n:], key.Bytes())
+	secmem.Do(func() { keyText().Encode(out[n:], key.Bytes()) })
 	out[len(out)-1] = '\n'
 	return text, nil
 }

@@ -102,7 +102,7 @@ func (b *Backend) Wrap(ctx context.Context, key string, dek *secmem.Buffer, ec k
 func (b *Backend) Unwrap(ctx context.Context, key string, s keyring.Stanza, ec keyring.Context) (*secmem.Buffer, error) {
 	var dek *secmem.Buffer
 	err := b.with(ctx, key, func(c *cached) (err error) {
-		dek, err = b.unwrap(c, s, ec)
+		secmem.Do(func() { dek, err = b.unwrap(c, s, ec) })
 		return err
 	})
 	if err != nil {

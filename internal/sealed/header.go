@@ -127,7 +127,12 @@ func (h *header) signed() []byte {
 
 // verify checks the MAC. Only after it are the stanzas known to be those that
 // were written together.
-func (h *header) verify(arena *secmem.Arena, fileKey *secmem.Buffer) error {
+func (h *header) verify(arena *secmem.Arena, fileKey *secmem.Buffer) (err error) {
+	secmem.Do(func() { err = h.verifyHere(arena, fileKey) })
+	return err
+}
+
+func (h *header) verifyHere(arena *secmem.Arena, fileKey *secmem.Buffer) error {
 	key, err := seccrypto.Derive(arena, fileKey, nil, []byte(infoHeader))
 	if err != nil {
 		return err

@@ -54,7 +54,6 @@ func unwrapWithIdentities(h *header, ids []age.Identity, arena *secmem.Arena) (*
 	if err != nil {
 		return nil, err
 	}
-	copy(b.Bytes(), key)
-	secmem.ClearRegisters()
+	secmem.Copy(b.Bytes(), key)
 	return b, nil
 }

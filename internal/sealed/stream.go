@@ -54,7 +54,12 @@ type payload struct {
 }
 
 // open decrypts the whole payload into locked memory.
-func (p *payload) open(ctx context.Context, arena *secmem.Arena, fileKey *secmem.Buffer) (*secmem.Buffer, error) {
+func (p *payload) open(ctx context.Context, arena *secmem.Arena, fileKey *secmem.Buffer) (plain *secmem.Buffer, err error) {
+	secmem.Do(func() { plain, err = p.openHere(ctx, arena, fileKey) })
+	return plain, err
+}
+
+func (p *payload) openHere(ctx context.Context, arena *secmem.Arena, fileKey *secmem.Buffer) (*secmem.Buffer, error) {
 	var nonce [nonceSize]byte
 	if err := p.src.readAt(nonce[:], p.off); err != nil {
 		return nil, err

@@ -27,7 +27,9 @@ type AEAD struct {
 
 // NewAEAD returns a cipher under key, which has 32 bytes and may be wiped after.
 func NewAEAD(key *secmem.Buffer) (*AEAD, error) {
-	c, err := chacha20poly1305.New(key.Bytes())
+	var c cipher.AEAD
+	var err error
+	traceless(func() { c, err = chacha20poly1305.New(key.Bytes()) })
 	if err != nil {
 		return nil, fmt.Errorf("set up cipher: %w", err)
 	}
@@ -38,8 +40,6 @@ func NewAEAD(key *secmem.Buffer) (*AEAD, error) {
 func (a *AEAD) Wipe() {
 	clear(keyOf(a.c))
 	a.c = nil
-	clearStack()
-	secmem.ClearRegisters()
 }
 
 // Open decrypts ciphertext into dst, which must be exactly as long as the
@@ -48,24 +48,20 @@ func (a *AEAD) Open(dst, nonce, ciphertext, additional []byte) error {
 	if len(ciphertext) != len(dst)+Overhead {
 		return ErrOpen
 	}
-	growStack()
-	_, err := a.c.Open(dst[:0:len(dst)], nonce, ciphertext, additional)
-	clearStack()
-	secmem.ClearRegisters()
-	if err != nil {
-		return ErrOpen
-	}
-	return nil
+	err := ErrOpen
+	traceless(func() {
+		if _, e := a.c.Open(dst[:0:len(dst)], nonce, ciphertext, additional); e == nil {
+			err = nil
+		}
+	})
+	return err
 }
 
 // Seal encrypts plain and appends the ciphertext to dst, whose capacity must
 // suffice.
 func (a *AEAD) Seal(dst, nonce, plain, additional []byte) []byte {
-	growStack()
-	out := a.c.Seal(dst, nonce, plain, additional)
-	clearStack()
-	secmem.ClearRegisters()
-	return out
+	traceless(func() { dst = a.c.Seal(dst, nonce, plain, additional) })
+	return dst
 }
 
 // keyOf finds the copy of the key that x/crypto keeps in its cipher and has no
@@ -80,6 +76,16 @@ func keyOf(c cipher.AEAD) []byte {
 		return nil
 	}
 	return unsafe.Slice((*byte)(unsafe.Pointer(f.UnsafeAddr())), f.Len())
+}
+
+// traceless runs f, which computes with a secret, and leaves nothing of it in
+// registers or on the stack. What a signal in the middle of it saved elsewhere is
+// for [secmem.Do] to remove, which is too slow to be done at each step.
+func traceless(f func()) {
+	growStack()
+	f()
+	clearStack()
+	secmem.ClearRegisters()
 }
 
 // scratch is more stack than any of the operations above needs.

@@ -5,6 +5,8 @@
 // the garbage collector gets to it, and so does x/crypto's ChaCha20-Poly1305.
 // Here SHA-256 is fed whole blocks that lie in locked memory, the cipher's copy
 // of the key is overwritten after use, and so is the stack the work was done on.
+//
+// An operation of several steps belongs into one [secmem.Do].
 package seccrypto
 
 import (
@@ -30,8 +32,9 @@ const (
 // Derive returns the 32 bytes of HKDF-SHA256 (RFC 5869) for secret, salt and
 // info. The caller wipes them. salt may be empty; it is public, as info is.
 func Derive(arena *secmem.Arena, secret *secmem.Buffer, salt, info []byte) (*secmem.Buffer, error) {
-	growStack()
-	defer clearStack()
+	if len(salt) > blockSize {
+		return nil, errors.New("derive key: salt is longer than a block")
+	}
 	m, err := newMAC(arena)
 	if err != nil {
 		return nil, fmt.Errorf("derive key: %w", err)
@@ -41,13 +44,10 @@ func Derive(arena *secmem.Arena, secret *secmem.Buffer, salt, info []byte) (*sec
 	if err != nil {
 		return nil, fmt.Errorf("derive key: %w", err)
 	}
-	if len(salt) > blockSize {
-		out.Wipe()
-		return nil, errors.New("derive key: salt is longer than a block")
-	}
-	// Extract, then the first and only block of expand.
-	m.sum(out.Bytes(), salt, secret.Bytes())
-	m.sum(out.Bytes(), out.Bytes(), info, []byte{1})
+	traceless(func() { // extract, then the first and only block of expand
+		m.sum(out.Bytes(), salt, secret.Bytes())
+		m.sum(out.Bytes(), out.Bytes(), info, []byte{1})
+	})
 	return out, nil
 }
 
@@ -64,8 +64,6 @@ func VerifyMAC(arena *secmem.Arena, key *secmem.Buffer, message, tag []byte) (bo
 // MAC returns the HMAC-SHA256 of message under key, which is at most 64 bytes
 // long. The result is for publication: it is ordinary memory.
 func MAC(arena *secmem.Arena, key *secmem.Buffer, message []byte) ([]byte, error) {
-	growStack()
-	defer clearStack()
 	if key.Len() > blockSize {
 		return nil, errors.New("authenticate: key is longer than a block")
 	}
@@ -75,7 +73,7 @@ func MAC(arena *secmem.Arena, key *secmem.Buffer, message []byte) ([]byte, error
 	}
 	defer m.wipe()
 	tag := make([]byte, macSize)
-	m.sum(tag, key.Bytes(), message)
+	traceless(func() { m.sum(tag, key.Bytes(), message) })
 	return tag, nil
 }
 
