@@ -82,14 +82,15 @@ var ErrClosed = errors.New("audit log is closed")
 
 // A Log appends records. It is safe for concurrent use.
 type Log struct {
-	o       Options
-	writing chan struct{} // holds a token while the fields below are used
-	file    *file         // nil: none
-	chain   chain
-	buf     bytes.Buffer // for the lines of one write
-	notes   []Entry      // the log's own records, to go before the next one
-	told    uint64       // how many of the drops are on record
-	problem string       // what is wrong now, for people
+	o        Options
+	writing  chan struct{} // holds a token while the fields below are used
+	file     *file         // nil: none
+	chain    chain
+	buf      bytes.Buffer // for the lines of one write
+	notes    []Entry      // the log's own records, to go before the next one
+	told     uint64       // how many of the drops are on record
+	problem  string       // why the last record was not kept
+	unsynced string       // why the file could not be synced or its head not replaced
 
 	journal *journal // nil: none
 	queue   chan Record
@@ -289,6 +290,7 @@ type Status struct {
 	Drops        uint64 // since Open
 	JournalDrops uint64 // records that journald did not take, although the file has them
 	Problem      string // why the last record could not be kept; "" when it was
+	HeadProblem  string // why the file could not be synced, or its head not replaced
 }
 
 // Status returns how the log is now. It waits for a write in progress, but not beyond ctx.
@@ -302,7 +304,7 @@ func (l *Log) Status(ctx context.Context) Status {
 		return s
 	}
 	defer l.release()
-	s.Seq, s.Problem = l.chain.seq, l.problem
+	s.Seq, s.Problem, s.HeadProblem = l.chain.seq, l.problem, l.unsynced
 	return s
 }
 

@@ -73,8 +73,8 @@ func (l *Log) keepHead() {
 		case <-time.After(headEvery):
 		}
 		h, err := l.syncHead()
+		l.noteSync(err)
 		if err != nil {
-			l.complain(err)
 			continue
 		}
 		if l.journal != nil && time.Since(told) >= journalHeadEvery {
@@ -96,10 +96,13 @@ func (l *Log) syncHead() (Head, error) {
 	return h, writeHead(l.o.File, h)
 }
 
-// complain makes a failure visible in Status until the next record.
-func (l *Log) complain(err error) {
+// noteSync makes a failure to sync visible in Status.
+func (l *Log) noteSync(err error) {
 	l.writing <- struct{}{}
-	l.problem = err.Error()
+	l.unsynced = ""
+	if err != nil {
+		l.unsynced = err.Error()
+	}
 	l.release()
 }
 

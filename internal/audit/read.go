@@ -100,6 +100,16 @@ func readLogFile(name string) ([]byte, error) {
 	return io.ReadAll(f)
 }
 
+// bufferFor returns room for a line, and no more than the file can fill.
+func bufferFor(in io.Reader) int {
+	if f, ok := in.(*os.File); ok {
+		if st, err := f.Stat(); err == nil && st.Size() < maxLine {
+			return int(st.Size()) + 1
+		}
+	}
+	return maxLine
+}
+
 // eachLine calls f with each line of a file, and whether a newline ended it. A line
 // longer than any of ours comes in pieces.
 func eachLine(name string, f func(number int, line []byte, whole bool)) error {
@@ -108,7 +118,7 @@ func eachLine(name string, f func(number int, line []byte, whole bool)) error {
 		return err
 	}
 	defer in.Close()
-	r := bufio.NewReaderSize(in, maxLine)
+	r := bufio.NewReaderSize(in, bufferFor(in))
 	for number := 1; ; number++ {
 		line, err := r.ReadSlice('\n')
 		if len(line) > 0 {
