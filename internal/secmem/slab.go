@@ -86,7 +86,11 @@ func (s *slab) hide() error {
 // tryLock locks the first n bytes without bringing a page in, and unlocks them.
 func (s *slab) tryLock(n int) error {
 	_, _, errno := unix.Syscall(unix.SYS_MLOCK2, uintptr(unsafe.Pointer(&s.body[0])), uintptr(n), unix.MLOCK_ONFAULT)
-	if errno != 0 {
+	switch errno {
+	case 0:
+	case unix.ENOSYS: // a kernel, or what passes for one, that cannot tell before it locks
+		return nil
+	default:
 		return newLockError(int64(n), errno)
 	}
 	return os.NewSyscallError("munlock", unix.Munlock(s.body[:n]))

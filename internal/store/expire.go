@@ -80,9 +80,15 @@ func (s *Store) Expire() {
 	}
 }
 
-// makeRoom wipes idle entries of at least n bytes, least recently used first,
-// for a load of e. It reports whether it may have helped to try again.
+// makeRoom does what it can for a load of e that found no room for n bytes. It
+// reports whether it may help to try again.
 func (s *Store) makeRoom(ctx context.Context, e *entry, n int64) bool {
+	return s.evict(n) || s.giveWay(e) || s.awaitRetirement(ctx)
+}
+
+// evict wipes idle entries of at least n bytes, if there are as many, least
+// recently used first. It reports whether it wiped any.
+func (s *Store) evict(n int64) bool {
 	victims := s.beginIdle(func(idle []*entry) []*entry {
 		slices.SortFunc(idle, func(a, b *entry) int { return cmp.Compare(a.used, b.used) })
 		for i, v := range idle {
@@ -98,7 +104,7 @@ func (s *Store) makeRoom(ctx context.Context, e *entry, n int64) bool {
 		s.scrub(v)
 		s.tasks.Done()
 	}
-	return len(victims) > 0 || s.giveWay(e) || s.awaitRetirement(ctx)
+	return len(victims) > 0
 }
 
 // beginIdle begins to retire those idle entries that choose returns. It adds

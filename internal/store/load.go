@@ -75,9 +75,16 @@ func (s *Store) run(ctx context.Context, e *entry, l *load, loader Loader) {
 	s.settle(e)
 }
 
-// decrypt runs loader, making room for it as often as that helps.
+// decrypt runs loader, making room for it as often as that helps. A little room
+// is made beforehand where it is scarce, as a second run costs another request
+// to the key service.
 func (s *Store) decrypt(ctx context.Context, e *entry, loader Loader) (*secmem.Buffer, keyring.Trace, error) {
-	for room := s.o.Arena.Stats().Limit / 16; ; room *= 2 {
+	st := s.o.Arena.Stats()
+	room := st.Limit / 16
+	if free := st.Limit - st.Used; free < room {
+		s.evict(room - free)
+	}
+	for ; ; room *= 2 {
 		var trace keyring.Trace
 		buf, err := loader(keyring.WithTrace(ctx, &trace))
 		if !errors.Is(err, secmem.ErrFull) || ctx.Err() != nil || !s.makeRoom(ctx, e, room) {

@@ -34,9 +34,9 @@ type Loader func(ctx context.Context) (*secmem.Buffer, error)
 
 // Options configure a Store.
 type Options struct {
-	// Arena has a hard limit. A Loader that gets secmem.ErrFull is run again after the
-	// least recently used idle entries were wiped; if all are in use, the open
-	// fails with secmem.ErrFull.
+	// Arena has a hard limit. Before a load that finds less than a sixteenth of it free,
+	// the least recently used idle entries are wiped. A Loader that gets secmem.ErrFull all
+	// the same is run again after more were; if all are in use, the open fails with secmem.ErrFull.
 	Arena *secmem.Arena
 	// TTL is how long after its decryption a plaintext may serve new opens, and is kept
 	// with no open handle. 0: every open decrypts (concurrent ones still join).
