@@ -29,7 +29,7 @@ func newApp(u *ui) *cli.App {
 			u.keygenCommand(), u.keyCommand(),
 			u.sealCommand(), u.unsealCommand(), u.inspectCommand(), u.verifyCommand(),
 			u.mountCommand(), u.umountCommand(), u.statusCommand(),
-			u.doctorCommand(), u.systemdCommand(), u.completionCommand(), u.versionCommand(),
+			u.doctorCommand(), u.systemdCommand(), u.completionCommand(), u.versionCommand(), u.manualCommand(),
 		},
 	}
 	app.Action = func(c *cli.Context) error { return unknownVerb(c, app.Commands) }
