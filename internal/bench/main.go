@@ -70,8 +70,8 @@ func run(kmsfs string, rounds int) (err error) {
 	}
 
 	measures := []measure{
-		{"open+fstat+read+close 2 KB, 1 reader", func(d string) ([]time.Duration, error) { return readers(d, 1, 400) }},
-		{"open+fstat+read+close 2 KB, 8 readers", func(d string) ([]time.Duration, error) { return readers(d, 8, 200) }},
+		{"open+fstat+read+close 2 KB, 1 reader", func(d string) ([]time.Duration, error) { return hot(d, 1, 400) }},
+		{"open+fstat+read+close 2 KB, 8 readers", func(d string) ([]time.Duration, error) { return hot(d, 8, 200) }},
 		{"stat", func(d string) ([]time.Duration, error) { return stats(d, 2000) }},
 		{"readdir of 1,000", func(d string) ([]time.Duration, error) { return listings(d, 20) }},
 	}
@@ -254,8 +254,13 @@ func await(mnt string) error {
 	return fmt.Errorf("%s was not mounted within 30 s", mnt)
 }
 
-// readers reads files on n threads at once, each times over a part of its own.
-func readers(dir string, n, times int) ([]time.Duration, error) {
+// hot reads on n threads at once, each a file of its own again and again.
+func hot(dir string, n, times int) ([]time.Duration, error) {
+	return readers(n, times, func(reader, _ int) string { return file(dir, reader) })
+}
+
+// readers reads times files on each of n threads at once.
+func readers(n, times int, path func(reader, i int) string) ([]time.Duration, error) {
 	type result struct {
 		took []time.Duration
 		err  error
@@ -269,7 +274,7 @@ func readers(dir string, n, times int) ([]time.Duration, error) {
 			took := make([]time.Duration, 0, times)
 			for i := range times {
 				start := time.Now()
-				if err := readOne(file(dir, r*97+i), buf); err != nil {
+				if err := readOne(path(r, i), buf); err != nil {
 					results <- result{err: err}
 					return
 				}
@@ -308,7 +313,9 @@ func readOne(path string, buf []byte) error {
 	return nil
 }
 
-func readEach(dir string) ([]time.Duration, error) { return readers(dir, 1, files) }
+func readEach(dir string) ([]time.Duration, error) {
+	return readers(1, files, func(_, i int) string { return file(dir, i) })
+}
 
 func stattree(dir string) error {
 	_, err := stats(dir, files)
