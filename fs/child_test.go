@@ -2,6 +2,7 @@ package fs
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"os"
@@ -24,6 +25,8 @@ func child(role string, args []string) int {
 	switch role {
 	case "open":
 		return openOnce(args[0])
+	case "map":
+		return mapAll(args[0])
 	case "watchdog":
 		return watch(args[0])
 	case "hold":
@@ -92,6 +95,57 @@ func hold(path, how string) int {
 	n, err = unix.Pread(fd, b, 0)
 	fmt.Println("got", max(n, 0), errnoName(err))
 	return 0
+}
+
+// mapAll opens and maps path over and over until there is a line on stdin, and says how
+// often it found a version whole, or what was wrong the first time it did not.
+func mapAll(path string) int {
+	debug.SetPanicOnFault(true)
+	end := make(chan struct{})
+	go func() {
+		_, _ = bufio.NewReader(os.Stdin).ReadString('\n')
+		close(end)
+	}()
+	for n, last := 0, 0; ; n++ {
+		select {
+		case <-end:
+			fmt.Println("whole", n)
+			return 0
+		default:
+		}
+		v, err := mapOnce(path)
+		if err != nil || v < last {
+			fmt.Println("mapping", n, "version", v, "after", last, err)
+			return 1
+		}
+		last = v
+	}
+}
+
+func mapOnce(path string) (v int, err error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("open: %w", err)
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return 0, fmt.Errorf("fstat: %w", err)
+	}
+	m, err := unix.Mmap(fd, 0, int(st.Size), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return 0, fmt.Errorf("mmap: %w", err)
+	}
+	defer unix.Munmap(m)
+	defer func() {
+		if r := recover(); r != nil {
+			now := st
+			_ = unix.Fstat(fd, &now)
+			n, perr := unix.Pread(fd, make([]byte, 10), 0)
+			err = fmt.Errorf("%v; mapped %d bytes, fstat now %d, pread %d, %v", r, len(m), now.Size, n, perr)
+		}
+	}()
+	return versionIn(bytes.Clone(m))
 }
 
 // touch reads one byte of each page and returns how many it could read.

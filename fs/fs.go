@@ -69,6 +69,8 @@ type Options struct {
 	// Changed is told the path of each sealed or plain file that was replaced, edited or
 	// removed in the source, from a goroutine of its own. nil: nobody wants to know.
 	Changed func(path string)
+
+	fresh time.Duration // how long a change counts as fresh; 0: freshFor
 }
 
 // An Auditor keeps a record; an error refuses the open.
@@ -155,6 +157,8 @@ type tree struct {
 	log     reporter
 	pins    atomic.Int32
 
+	overwritten atomic.Uint64 // nodes whose pages the kernel has overwritten and dropped
+
 	server  atomic.Pointer[fuse.Server]
 	device  int           // a duplicate to ask whether the connection lives
 	dev     atomic.Uint64 // st_dev of the mount
@@ -180,6 +184,9 @@ const defaultOpenTimeout = 10 * time.Second
 func newTree(o Options) (*tree, error) {
 	if o.OpenTimeout <= 0 {
 		o.OpenTimeout = defaultOpenTimeout
+	}
+	if o.fresh == 0 {
+		o.fresh = freshFor
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -268,7 +275,7 @@ func (f *tree) serverOptions() *fuse.MountOptions {
 			f.o.Log.Error("a request handler panicked", "panic", fmt.Sprint(v))
 			return fuse.EIO
 		},
-		DisabledCapabilities: fuse.CAP_NO_OPEN_SUPPORT,
+		DisabledCapabilities: fuse.CAP_NO_OPEN_SUPPORT | fuse.CAP_PASSTHROUGH,
 	}
 	if !f.o.PageCache {
 		o.ExtraCapabilities = fuse.CAP_DIRECT_IO_ALLOW_MMAP

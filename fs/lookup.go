@@ -20,7 +20,8 @@ const (
 	longTimeout  = 3600 // seconds; a watcher tells the kernel earlier
 	shortTimeout = 1    // where nothing can be watched
 
-	// freshFor is how long after a change the kernel asks for a name at every use.
+	// freshFor is how long after a change the kernel asks for a name at every use, and
+	// a file that is no sealed one any more may be half-written.
 	freshFor = 2 * time.Second
 	// maxPins bounds the descriptors that fresh files cost.
 	maxPins = 64
@@ -53,7 +54,7 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 	}
 	out.NodeId, out.Generation = n.id, 0
 	out.EntryValid = timeout
-	if n.pin.held() {
+	if n.pin.held() || n.rewritten {
 		out.EntryValid = 0
 	}
 	valid, errno := f.attr(n, -1, timeout, &out.Attr)
@@ -244,7 +245,8 @@ func newNode(p string, st *unix.Stat_t) *node {
 // findFile is find for a regular file: sealed or plain is told by its head.
 func (f *tree) findFile(n *node, now time.Time, pinned bool) (*node, error) {
 	cur := f.table.at(n.path)
-	if cur != nil && cur.kind == sealedFile && cur.ver == n.ver && f.isSettled(cur) {
+	fresh := now.UnixNano()-n.ver.ctime < int64(f.o.fresh)
+	if cur != nil && cur.kind == sealedFile && cur.ver == n.ver && f.isSettled(cur) && cur.rewritten == (cur.rewritten && fresh) {
 		return cur, nil
 	}
 	hd, fd, err := f.header(n, now)
@@ -253,6 +255,10 @@ func (f *tree) findFile(n *node, now time.Time, pinned bool) (*node, error) {
 	}
 	if fd >= 0 {
 		defer unix.Close(fd)
+	}
+	if !hd.sealed && fresh && f.table.wasSealed(n) {
+		// An empty or half-written file: a reader must not get that for the secret.
+		hd.sealed, n.rewritten = true, true
 	}
 	if !hd.sealed {
 		if f.o.SealedOnly {
@@ -276,7 +282,7 @@ func (f *tree) findFile(n *node, now time.Time, pinned bool) (*node, error) {
 	if cur != nil && cur.ver == n.ver { // changed within one tick of the clock
 		f.retire(cur)
 	}
-	if pinned && fd >= 0 && (cur != nil || now.UnixNano()-n.ver.ctime < int64(freshFor)) {
+	if pinned && fd >= 0 && (cur != nil || fresh) {
 		f.pinFor(n, fd)
 	}
 	return n, nil
@@ -346,7 +352,7 @@ func (f *tree) pinFor(n *node, fd int) {
 		f.pins.Add(-1)
 		return
 	}
-	n.pin.hold(fd, freshFor, func() { f.pins.Add(-1) })
+	n.pin.hold(fd, f.o.fresh, func() { f.pins.Add(-1) })
 }
 
 func (f *tree) unpin(n *node) { n.pin.drop() }

@@ -77,6 +77,8 @@ type node struct {
 	handles  atomic.Int64
 	retired  atomic.Bool // the path has another node
 
+	rewritten bool // is no sealed file now, but was a moment ago: somebody writes over it
+
 	settled atomic.Bool                       // ver cannot stand for another content any more
 	digest  atomic.Pointer[[sha256.Size]byte] // of the sealed file
 	match   atomic.Pointer[matched]
@@ -169,7 +171,11 @@ type table struct {
 	mu      sync.RWMutex
 	nodes   map[uint64]*node
 	current map[string]*node
+	last    map[string]*node // what a path had until it was retired; not for long
 }
+
+// maxLast bounds table.last.
+const maxLast = 1000
 
 func newTable(root *node) *table {
 	root.lookups = 1 // the kernel never forgets it
@@ -209,6 +215,7 @@ func (t *table) adopt(n *node) (now, before *node) {
 		}
 	}
 	before = t.current[n.path]
+	delete(t.last, n.path)
 	t.nodes[n.id], t.current[n.path] = n, n
 	n.lookups++
 	n.retired.Store(false)
@@ -234,10 +241,20 @@ func (t *table) forget(id, count uint64) *node {
 		return nil
 	}
 	delete(t.nodes, id)
-	if t.current[n.path] == n {
-		delete(t.current, n.path)
-	}
+	t.leave(n)
 	return n
+}
+
+// leave notes that n is not the node of its path any more.
+func (t *table) leave(n *node) {
+	if t.current[n.path] != n {
+		return
+	}
+	delete(t.current, n.path)
+	if t.last == nil || len(t.last) >= maxLast {
+		t.last = make(map[string]*node)
+	}
+	t.last[n.path] = n
 }
 
 // retire says that n is not what its path leads to any more. It reports false
@@ -245,10 +262,19 @@ func (t *table) forget(id, count uint64) *node {
 func (t *table) retire(n *node) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.current[n.path] == n && n.id != rootID {
-		delete(t.current, n.path)
-	}
+	t.leave(n)
 	return !n.retired.Swap(true)
+}
+
+// wasSealed reports whether n's inode was a sealed file under the same path.
+func (t *table) wasSealed(n *node) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	o := t.current[n.path]
+	if o == nil {
+		o = t.last[n.path]
+	}
+	return o != nil && o.kind == sealedFile && o.ver.sameInode(n.ver)
 }
 
 // all returns the nodes for which pick is true.

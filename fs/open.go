@@ -381,7 +381,8 @@ func (f *tree) Read(_ <-chan struct{}, in *fuse.ReadIn, dest []byte) (fuse.ReadR
 	b, done, err := h.plaintext.Lend(int64(in.Offset), int(in.Size))
 	if err != nil {
 		f.replies.leave()
-		no, _ := errno(err)
+		no, hint := errno(err)
+		f.report(h.node.path, no, err, hint)
 		return nil, fuse.Status(no)
 	}
 	return &loan{bytes: [1][]byte{b}, done: done, replies: &f.replies}, fuse.OK

@@ -350,6 +350,31 @@ func TestRepliesLendLockedMemory(t *testing.T) {
 	before(t, "the end of the reply", idle)
 }
 
+// TestServerOptions pins what must never be switched on.
+func TestServerOptions(t *testing.T) {
+	w := newWorld(t)
+	w.mount()
+	o := w.fs.t.serverOptions()
+	for what, on := range map[string]bool{
+		"a direct mount on /dev/fd/N would cover /dev/fuse":      o.DirectMount || o.DirectMountStrict,
+		"id-mapped mounts hide the caller's uid":                 o.IDMappedMount,
+		"passthrough files are swapped and cannot be revoked":    o.DisabledCapabilities&fuse.CAP_PASSTHROUGH == 0,
+		"splice copies through a pipe":                           !o.DisableSplice,
+		"debug output shows content":                             o.Debug,
+		"opens without a question":                               o.DisabledCapabilities&fuse.CAP_NO_OPEN_SUPPORT == 0,
+		"attributes of plain files would not follow":             o.ExplicitDataCacheControl,
+		"mapping a file in direct mode is for direct mode alone": o.ExtraCapabilities != 0,
+	} {
+		if on {
+			t.Error(what)
+		}
+	}
+	var st unix.Stat_t
+	if err := unix.Stat("/dev/fuse", &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR {
+		t.Errorf("/dev/fuse: %v, mode %o", err, st.Mode)
+	}
+}
+
 // TestHandles: what is open, by whom.
 func TestHandles(t *testing.T) {
 	w := newWorld(t)

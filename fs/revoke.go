@@ -45,10 +45,12 @@ func (f *tree) overwrite(n *node) {
 	size := n.size.Load() // never beyond it: that would make the file longer
 	for off := int64(0); off < size; off += int64(len(zeros)) {
 		if server.InodeNotifyStoreCache(n.id, off, zeros[:min(size-off, int64(len(zeros)))]) != fuse.OK {
-			break
+			break // the kernel has dropped the node
 		}
 	}
-	server.InodeNotify(n.id, 0, 0)
+	if server.InodeNotify(n.id, 0, 0) == fuse.OK {
+		f.overwritten.Add(1)
+	}
 }
 
 // revoke is [FS.Revoke].

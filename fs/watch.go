@@ -21,6 +21,8 @@ type watcher struct {
 	f  *tree
 	in *os.File // inotify(7); nil where it is of no use
 
+	blind atomic.Bool // for tests: as on a file system that cannot be watched
+
 	mu   sync.RWMutex
 	dirs map[string]*watched
 	byWD map[int32][]*watched
@@ -93,7 +95,7 @@ func (w *watcher) close() {
 
 // add watches the directory p and reports whether it is watched.
 func (w *watcher) add(p string) bool {
-	if w.in == nil {
+	if w.in == nil || w.blind.Load() {
 		return false
 	}
 	w.mu.RLock()
@@ -177,7 +179,7 @@ func (w *watcher) read() {
 			b = b[unix.SizeofInotifyEvent+length:]
 			paths = append(paths, w.event(wd, mask, name)...)
 		}
-		if len(paths) > 0 {
+		if len(paths) > 0 && !w.blind.Load() {
 			w.queue.add(paths...)
 			time.AfterFunc(recheckAfter, func() { w.queue.add(paths...) })
 		}
