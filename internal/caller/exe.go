@@ -1,8 +1,10 @@
 package caller
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"io"
 	"os"
 	"strconv"
@@ -20,7 +22,7 @@ const (
 	maxSums       = 256             // hashes kept
 	hashTimeout   = 5 * time.Second // for the file system to answer
 	settled       = 2 * time.Second // a hash is kept once the file has been unchanged for so long
-	fuseMagic     = 0x65735546      // statfs(2): the file system is some process's
+	lookTries     = 4               // a look into the cache fails while somebody mounts or renames
 	deletedSuffix = " (deleted)"
 	resolveCached = 0x20 // openat2(2): fail rather than ask a file system
 )
@@ -37,7 +39,8 @@ func (r *Reader) executable(dir int, c *policy.Caller, need policy.Need) {
 		return
 	}
 	c.ExeDoubt = r.doubt(dir, c.Exe, &id)
-	if need.ExeSHA256 {
+	// One in doubt has no use for a hash, and may lie on a file system that never answers.
+	if need.ExeSHA256 && c.ExeDoubt == "" {
 		c.ExeSHA256 = r.sum(dir, &id)
 	}
 }
@@ -56,11 +59,14 @@ func (r *Reader) doubt(dir int, exe string, running *unix.Statx_t) string {
 		}
 	}
 	var named unix.Statx_t
-	if err := lookCached(exe, &named); err == nil && sameFile(&named, running) {
+	err := lookCached(exe, &named)
+	switch {
+	case err == nil && sameFile(&named, running):
 		return ""
-	}
-	if strings.HasSuffix(exe, deletedSuffix) {
+	case strings.HasSuffix(exe, deletedSuffix):
 		return "it was deleted or replaced since the process started"
+	case err == unix.EAGAIN:
+		return "its file system, of the network or a process, would have to be asked"
 	}
 	return "the daemon sees no such file or another one there"
 }
@@ -78,6 +84,12 @@ func lookCached(path string, st *unix.Statx_t) error {
 		Resolve: resolveCached | unix.RESOLVE_NO_SYMLINKS,
 	}
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &how)
+	for range lookTries {
+		if err != unix.EAGAIN && err != unix.EINTR {
+			break
+		}
+		fd, err = unix.Openat2(unix.AT_FDCWD, path, &how)
+	}
 	if err == unix.EINVAL || err == unix.ENOSYS { // before Linux 5.12
 		return statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, st)
 	}
@@ -114,7 +126,10 @@ func (r *Reader) sum(dir int, st *unix.Statx_t) string {
 	if ok {
 		return sum
 	}
-	fd, err := unix.Openat(dir, "exe", unix.O_PATH|unix.O_CLOEXEC, 0)
+	if r.isFuse(id.major, id.minor) {
+		return ""
+	}
+	fd, err := open(dir, "exe", unix.O_PATH)
 	if err != nil {
 		return ""
 	}
@@ -152,13 +167,25 @@ func (r *Reader) keep(id fileID, sum string) {
 	r.sums[id] = sum
 }
 
-// hash reads the file that the O_PATH descriptor fd stands for. A file system that is a
-// process may answer us otherwise than the one who runs the program; it has no hash.
-func hash(fd int) string {
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(fd, &fs); err != nil || fs.Type == fuseMagic {
-		return ""
+// isFuse reports whether a device is a file system that is a process, by the daemon's mount
+// table. Such a one may show us another file than to those who run it, or let us wait.
+func (r *Reader) isFuse(major, minor uint32) bool {
+	b, err := readFile(r.root, "self/mountinfo")
+	if err != nil {
+		return false
 	}
+	device := fmt.Sprintf("%d:%d", major, minor)
+	for line := range bytes.Lines(b) {
+		before, after, _ := strings.Cut(string(line), " - ")
+		if left := strings.Fields(before); len(left) > 2 && left[2] == device && strings.HasPrefix(after, "fuse") {
+			return true
+		}
+	}
+	return false
+}
+
+// hash reads the file that the O_PATH descriptor fd stands for.
+func hash(fd int) string {
 	f, err := os.Open("/proc/self/fd/" + strconv.Itoa(fd))
 	if err != nil {
 		return ""

@@ -310,6 +310,28 @@ func TestUnitSince(t *testing.T) {
 	}
 }
 
+// The hash of a program on a FUSE file system is not to be had: it may be shown to us otherwise.
+func TestFuseIsKnownByTheMountTable(t *testing.T) {
+	root := fakeProc(t)
+	if err := os.Mkdir(filepath.Join(root, "self"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	table := "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n" +
+		"40 27 0:55 / /home/u/mnt rw,nosuid shared:1 - fuse.sshfs host: rw\n41 27 0:56 / /media rw - fuseblk /dev/sdb rw\n"
+	if err := os.WriteFile(filepath.Join(root, "self/mountinfo"), []byte(table), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	r := newReader(t, root)
+	for minor, want := range map[uint32]bool{55: true, 56: true, 57: false} {
+		if got := r.isFuse(0, minor); got != want {
+			t.Errorf("0:%d: %v", minor, got)
+		}
+	}
+	if r.isFuse(254, 0) {
+		t.Error("ext4 is taken for FUSE")
+	}
+}
+
 func TestParsersSurviveNonsense(t *testing.T) {
 	for _, text := range []string{"", "\n", ":", "Tgid:", "Groups:\t1 2 x\n", ")", "1 () ", strings.Repeat(") ", 30)} {
 		if s, err := parseStatus([]byte(text)); err == nil {
