@@ -167,7 +167,9 @@ static ck_ulong fault_initialize(ck_initialize_args *args) {
 		no_lock = 1;
 	}
 	sessions = logged_in = 0;
-	return REAL(ck_ulong (*)(void *), 0)(NULL);
+	ck_initialize_args forward = {0}; /* without them SoftHSM would not lock either */
+	forward.flags = 2;                /* CKF_OS_LOCKING_OK */
+	return REAL(ck_ulong (*)(void *), 0)(no_lock ? NULL : &forward);
 }
 
 static ck_ulong fault_token_info(ck_ulong slot, unsigned char *info) {

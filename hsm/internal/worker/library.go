@@ -62,7 +62,6 @@ static ck_ulong create_secret(ck_function_list *l, ck_ulong session, void *value
 		{0x000, &class, sizeof class},       // CKA_CLASS
 		{0x100, &key_type, sizeof key_type}, // CKA_KEY_TYPE
 		{0x001, &no, 1},                     // CKA_TOKEN
-		{0x002, &no, 1},                     // CKA_PRIVATE
 		{0x162, &yes, 1},                    // CKA_EXTRACTABLE
 		{0x103, &no, 1},                     // CKA_SENSITIVE
 		{0x011, value, len},                 // CKA_VALUE

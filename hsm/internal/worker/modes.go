@@ -108,7 +108,6 @@ func (c cipher) unwrapKey(body []byte) (*secmem.Buffer, error) {
 	}
 	full := append(small[:2:2],
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
-		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, false), // nobody else can see it; SoftHSM would only encrypt it once more
 		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true),
 		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false))
 	o, err := c.lib.UnwrapKey(c.s, m, c.k.handle, body, full)
