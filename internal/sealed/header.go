@@ -89,7 +89,7 @@ func parseHeader(raw []byte) (*header, error) {
 	h := &header{raw: raw}
 	_, err := age.DecryptHeader(raw, (*stanzaTaker)(h))
 	if noMatch := new(age.NoIdentityMatchError); !errors.As(err, &noMatch) {
-		return nil, damaged("%s", clip(fmt.Sprint(err)))
+		return nil, damaged("%s", reason(err))
 	}
 	footer := bytes.LastIndex(raw, []byte("\n"+footerStart+" "))
 	text := strings.TrimSuffix(string(raw[footer+len("\n"+footerStart+" "):]), "\n")
@@ -97,6 +97,15 @@ func parseHeader(raw []byte) (*header, error) {
 		return nil, damaged("malformed header MAC")
 	}
 	return h, nil
+}
+
+// reason is what age has to say, without the steps on the way to it.
+func reason(err error) string {
+	text := fmt.Sprint(err)
+	if _, why, ok := strings.Cut(text, "parsing age header: "); ok {
+		text = why
+	}
+	return clip(text)
 }
 
 // clip shortens an error that quotes the file.

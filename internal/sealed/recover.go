@@ -45,7 +45,7 @@ func unwrapWithIdentities(h *header, ids []age.Identity, arena *secmem.Arena) (*
 		return nil, fmt.Errorf("%w: no identity fits any of: %s", ErrNoKey, strings.Join(noMatch.StanzaTypes, ", "))
 	}
 	if err != nil {
-		return nil, damaged("%s", clip(err.Error()))
+		return nil, damaged("%s", reason(err))
 	}
 	if len(key) != fileKeySize {
 		return nil, damaged("a file key of %d bytes", len(key))

@@ -293,6 +293,23 @@ func stderr(err error) string {
 	return ""
 }
 
+// Recovery recipients of age's post-quantum kind go with CMKs, although age would
+// not mix them with older kinds.
+func TestPostQuantumRecovery(t *testing.T) {
+	b := newBench(t)
+	id, err := age.GenerateHybridIdentity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := b.seal(sealed.Sealer{Recovery: []age.Recipient{id.Recipient()}, Binding: place}, []byte("secret"))
+	if got := ageDecrypt(t, file, false, id); string(got) != "secret" {
+		t.Errorf("age opened it to %q", got)
+	}
+	if got, err := b.open(file, place); err != nil || string(got) != "secret" {
+		t.Errorf("the key opened it to %q, %v", got, err)
+	}
+}
+
 func TestStanzasAreReported(t *testing.T) {
 	b := newBench(t)
 	id := newIdentity(t)
