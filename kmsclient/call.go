@@ -52,6 +52,7 @@ func (c *Client) call(ctx context.Context, k keyName, action string, room int, s
 			return ans, plain, err
 		}
 		c.log.Warn("the KMS refused the credentials", "error", err)
+		keyring.TraceFrom(ctx).Calls++ // [keyring.Retry] counts the first
 		c.creds.renew(ctx, cred)
 	}
 }
@@ -68,8 +69,6 @@ func (c *Client) once(ctx context.Context, k keyName, action string, room int, s
 	}
 	defer body.Wipe()
 	trace := keyring.TraceFrom(ctx)
-	trace.Key = k.String()
-	trace.Calls++
 	ex := &exchange{body: body}
 	ans, err := send(withExchange(ctx, ex), sdk)
 	if err != nil {
@@ -89,8 +88,7 @@ func (c *Client) once(ctx context.Context, k keyName, action string, room int, s
 	if err != nil {
 		return answer{}, nil, err
 	}
-	copy(plain.Bytes(), ex.plain)
-	secmem.ClearRegisters()
+	secmem.Copy(plain.Bytes(), ex.plain)
 	return ans, plain, nil
 }
 

@@ -48,7 +48,12 @@ func newEphemeralKey(bits int) (*ephemeralKey, error) {
 // crypto/rsa returns the plaintext on the heap, at the end of the one buffer it
 // unmasks it in; that is cleared before open returns. Its big integers hold the
 // plaintext masked, never as it is.
-func (k *ephemeralKey) open(arena *secmem.Arena, sealed []byte) (*secmem.Buffer, error) {
+func (k *ephemeralKey) open(arena *secmem.Arena, sealed []byte) (buf *secmem.Buffer, err error) {
+	secmem.Do(func() { buf, err = k.decrypt(arena, sealed) })
+	return buf, err
+}
+
+func (k *ephemeralKey) decrypt(arena *secmem.Arena, sealed []byte) (*secmem.Buffer, error) {
 	for _, mask := range []crypto.Hash{crypto.SHA256, crypto.SHA1} {
 		plain, err := k.private.Decrypt(nil, sealed, &rsa.OAEPOptions{Hash: crypto.SHA256, MGFHash: mask})
 		if err != nil {

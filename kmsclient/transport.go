@@ -79,23 +79,32 @@ func (t cleanTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	doc, err := readBody(resp, ex.body.Bytes())
+	var rest []byte
+	// TLS decrypts on the thread that reads. Most answers are here by now, so that
+	// it seldom waits.
+	secmem.Do(func() { rest, err = ex.receive(resp) })
 	settle(conn)
 	if err != nil {
 		clear(ex.body.Bytes())
 		return nil, err
 	}
-	plain, rest, err := cutPlaintext(doc)
-	if err != nil {
-		clear(ex.body.Bytes())
-		return nil, &answerError{resp.StatusCode, err}
-	}
-	ex.plain = plain
 	resp.Body = io.NopCloser(bytes.NewReader(rest))
 	resp.ContentLength = int64(len(rest))
 	// The SDK does not look for errors in some types of content.
 	resp.Header.Set("Content-Type", "application/json")
 	return resp, nil
+}
+
+// receive reads the body of resp, keeps its Plaintext and returns the rest.
+func (ex *exchange) receive(resp *http.Response) (rest []byte, err error) {
+	doc, err := readBody(resp, ex.body.Bytes())
+	if err != nil {
+		return nil, err
+	}
+	if ex.plain, rest, err = cutPlaintext(doc); err != nil {
+		return nil, &answerError{resp.StatusCode, err}
+	}
+	return rest, nil
 }
 
 // readBody reads resp to its end into room and closes it.
