@@ -235,3 +235,24 @@ func TestTornLineIsClosed(t *testing.T) {
 		}
 	}
 }
+
+// Only the one spelling that was written is a line.
+func FuzzParseLine(f *testing.F) {
+	var log bytes.Buffer
+	if _, err := (chain{}).extend(&log, []Entry{{Record: sample(1)}, {Record: cachedOpen(), Lost: 3}}, true); err != nil {
+		f.Fatal(err)
+	}
+	for line := range bytes.Lines(log.Bytes()) {
+		f.Add(bytes.TrimSuffix(line, []byte("\n")))
+	}
+	f.Add([]byte("{}"))
+	f.Fuzz(func(t *testing.T, line []byte) {
+		e, body, hash, err := parseLine(line)
+		if err != nil {
+			return
+		}
+		if again := string(body) + hashMember + hash.String() + `"}`; again != string(line) || e.Hash != hash.String() {
+			t.Fatalf("%q was read as %q", line, again)
+		}
+	})
+}

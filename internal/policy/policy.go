@@ -7,7 +7,8 @@
 // Rules are tried in order; the first one whose path names the file decides,
 // and no other is looked at. A path is a doublestar glob below the root of the
 // tree: * and ? stay within one directory, ** crosses directories, {a,b} and
-// [a-z] are as in a shell, a backslash takes the next character as it is.
+// [a-z] are as in a shell, a backslash takes the next character as it is. tls/** names
+// all below tls, and tls itself.
 //
 // Where no rule names a file, owner and mode decide as for any file, unless the
 // default is to deny. A rule with an empty allow list leaves the decision to
@@ -38,7 +39,8 @@
 // namespace (pid 0) is held to user:, uid:, group: and gid: only, the last two
 // by its gid alone. A caller whose executable cannot be vouched for (deleted or
 // replaced since it started, another file of that name in a mount or user
-// namespace of its own) satisfies no exe:, exe-sha256: or parent: term.
+// namespace of its own, on a file system that would have to be asked) satisfies no
+// exe:, exe-sha256: or parent: term.
 //
 // A script's executable is its interpreter: exe:/usr/bin/python3 is any Python
 // program, and parent: tells by whom it was started. unit: is what a process
