@@ -43,6 +43,7 @@ var mayImport = map[string][]string{
 	"internal/seccrypto": {"internal/secmem"},
 	"internal/config":    {"internal/policy", "internal/keyring"},
 	"internal/control":   {},
+	"internal/bench":     {"internal/keyring", "internal/localkey", "internal/secmem"},
 }
 
 type pkg struct {
