@@ -43,6 +43,12 @@
 // SecretKey and token are Go strings, because the SDK takes nothing else. Wrap
 // and SealBlob put the base64 of what they encrypt into the request, which the
 // SDK and net/http copy several times: only the short-lived command line calls
-// them, never the daemon. OpenBlob leaves nothing: the buffers of crypto/tls are
-// cleared when a connection goes back to waiting.
+// them for secrets, never the daemon, whose Probe wraps a random key of no use.
+//
+// Unwrap and OpenBlob leave nothing: the buffers of crypto/tls are cleared when a
+// connection goes back to waiting or is closed. Two crumbs can escape that from an answer
+// in clear, which only a blob of more than 175 bytes gets: sixteen bytes of it in the
+// read buffer of net/http, if the service sends it in chunks, until the next answer; and
+// what arrived with the headers, if the caller gives up in that very moment, until the
+// garbage collector reuses the memory.
 package kmsclient
