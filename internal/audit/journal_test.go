@@ -24,7 +24,7 @@ const journalVariable = "KMSFS_TEST_AUDIT_JOURNAL"
 func withJournald(t *testing.T, scenario string) string {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), journalVariable+"="+scenario)
+	cmd.Env = append(os.Environ(), journalVariable+"="+scenario, "GORACE=atexit_sleep_ms=0")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr

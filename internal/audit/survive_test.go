@@ -80,7 +80,7 @@ func TestKillLosesNothingAcknowledged(t *testing.T) {
 			t.Fatal(err)
 		}
 		acks := bufio.NewReader(out)
-		n, err := io.CopyN(io.Discard, acks, 1+rnd.Int64N(500))
+		n, err := io.CopyN(io.Discard, acks, 1+rnd.Int64N(200))
 		if err != nil {
 			t.Fatal("the child ended by itself: ", err)
 		}

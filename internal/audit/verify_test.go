@@ -14,7 +14,7 @@ import (
 )
 
 // make audit-long runs many more.
-var tamperings = flag.Int("tamperings", 3000, "how many random changes of a log TestEveryTamperingIsFound makes")
+var tamperings = flag.Int("tamperings", 2000, "how many random changes of a log TestEveryTamperingIsFound makes")
 
 // writeLog makes a closed log of n records in two sessions.
 func writeLog(t testing.TB, n int) (path string) {
@@ -82,8 +82,8 @@ func tamper(rnd *rand.Rand, log []byte) change {
 
 // Every edit, removal, swap, repetition and cut must be found, at the line where it begins.
 func TestEveryTamperingIsFound(t *testing.T) {
-	path := writeLog(t, 24)
-	wantSound(t, path, 24)
+	path := writeLog(t, 16)
+	wantSound(t, path, 16)
 	log, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
