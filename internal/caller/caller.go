@@ -87,23 +87,27 @@ func (r *Reader) Close() error {
 // /proc does not show. Read never touches files that need the caller's mmap lock
 // (environ, cmdline, maps). An error means that the daemon is out of descriptors or memory.
 func (r *Reader) Read(uid, gid uint32, tid uint32, need policy.Need) (*policy.Caller, error) {
-	c := &policy.Caller{UID: uid, GID: gid, TID: int(tid)}
+	bare := policy.Caller{UID: uid, GID: gid, TID: int(tid)}
 	if tid == 0 {
-		return c, nil
+		return &bare, nil
 	}
 	for range 2 {
 		t, kept, err := r.thread(int(tid))
 		if err != nil {
-			return c, exhaustion(tid, err)
+			return &bare, exhaustion(tid, err)
 		}
-		err = r.describe(t, c, need)
+		c := bare
+		err = r.describe(t, &c, need)
 		r.done(t, err == nil)
-		if err == nil || !kept {
-			return c, exhaustion(tid, err)
+		if err == nil {
+			return &c, nil
+		}
+		if !kept {
+			return &bare, exhaustion(tid, err)
 		}
 		// The descriptors were of a thread that is gone; its number is another's now.
 	}
-	return c, nil
+	return &bare, nil
 }
 
 // exhaustion passes on the errors that say something about the daemon; any other means
@@ -117,7 +121,7 @@ func exhaustion(tid uint32, err error) error {
 	return nil
 }
 
-// describe fills in c. It fails when the thread is gone or hidden, and then c has no PID.
+// describe fills in c. It fails when the thread is gone or hidden.
 func (r *Reader) describe(t *thread, c *policy.Caller, need policy.Need) error {
 	comm, err := t.read("comm")
 	if err != nil {

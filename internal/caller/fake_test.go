@@ -115,6 +115,9 @@ func TestMissingFactsAreUnknown(t *testing.T) {
 			t.Fatal(err)
 		}
 		got := read(t, newReader(t, root), 7, everything())
+		if !c.known && (got.Comm != "" || got.Cgroup != "" || got.Start != 0 || got.Exe != "") {
+			t.Errorf("%s %q: half a caller: %+v", c.file, c.content, got)
+		}
 		if (got.PID == 7) != c.known || got.UID != 1000 || got.GID != 1001 || got.TID != 7 {
 			t.Errorf("%s %q: %+v", c.file, c.content, got)
 		}
