@@ -160,7 +160,7 @@ type tree struct {
 	overwritten atomic.Uint64 // nodes whose pages the kernel has overwritten and dropped
 
 	server  atomic.Pointer[fuse.Server]
-	device  int           // a duplicate to ask whether the connection lives
+	device  *os.File      // a duplicate to ask whether the connection lives
 	dev     atomic.Uint64 // st_dev of the mount
 	mountID int           // 0: not to be seen from here
 	twin    int           // a detached copy of the mount, or -1; see holdTwin
@@ -195,7 +195,7 @@ func newTree(o Options) (*tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &tree{o: o, src: src, device: -1, twin: -1,
+	t := &tree{o: o, src: src, twin: -1,
 		served: make(chan struct{}), now: make(chan struct{}), done: make(chan struct{})}
 	var st unix.Stat_t
 	if err := src.stat("", &st); err != nil {
@@ -223,10 +223,12 @@ func (f *tree) mount() error {
 		return err
 	}
 	ours := f.o.Device == nil
-	if f.device, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err != nil {
+	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
 		_ = unix.Close(fd)
 		return fmt.Errorf("duplicate /dev/fuse: %w", err)
 	}
+	f.device = os.NewFile(uintptr(dup), "/dev/fuse")
 	if err := f.locate(); err != nil {
 		_ = unix.Close(fd)
 		return err
@@ -316,12 +318,10 @@ const pollHackName = ".go-fuse-epoll-hack"
 
 // free gives back what newTree and mount took.
 func (f *tree) free() {
-	for _, fd := range []int{f.device, f.twin} {
-		if fd >= 0 {
-			_ = unix.Close(fd)
-		}
+	if f.device != nil {
+		_ = f.device.Close()
 	}
-	f.device, f.twin = -1, -1
+	f.dropTwin()
 	f.watch.close()
 	f.src.close()
 }
@@ -350,9 +350,17 @@ func (f *tree) ended() bool {
 
 // dead reports whether the kernel has ended the connection.
 func (f *tree) dead() bool {
-	fds := []unix.PollFd{{Fd: int32(f.device)}}
-	n, err := unix.Poll(fds, 0)
-	return err == nil && n == 1 && fds[0].Revents&unix.POLLERR != 0
+	dead := true // when we have closed it ourselves
+	conn, err := f.device.SyscallConn()
+	if err != nil {
+		return true
+	}
+	_ = conn.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd)}}
+		n, err := unix.Poll(fds, 0)
+		dead = err == nil && n == 1 && fds[0].Revents&unix.POLLERR != 0
+	})
+	return dead
 }
 
 // report logs a failure, repeated ones rarely.

@@ -255,7 +255,9 @@ func (a *attempt) failed(err error) syscall.Errno {
 		outcome = "denied"
 		err = fmt.Errorf("%w: %s: %s", err, a.decision.Rule, a.decision.Reason)
 	}
-	if err := a.record(outcome, no); err != nil {
+	if errors.Is(err, errNotKept) {
+		// It would not be kept this time either.
+	} else if err := a.record(outcome, no); err != nil {
 		f.report(a.n.path, syscall.EIO, fmt.Errorf("%w: %w", errNotKept, err), "")
 	}
 	if no != syscall.EINTR {

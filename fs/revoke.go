@@ -87,8 +87,11 @@ func (f *tree) end() error {
 		f.mounts.stop()
 	}
 	aborted := f.abort()
-	f.closeHandles()
-	f.free()
+	if aborted == nil && wiped == nil { // else somebody may still use what would be closed
+		f.closeHandles()
+		f.watch.wait()
+		f.free()
+	}
 	return errors.Join(invalidated, wiped, detached, aborted)
 }
 
@@ -188,10 +191,7 @@ func (f *tree) abort() error {
 	default:
 	}
 	// The last mount may be the twin: then this destroys the file system, and aborts.
-	if f.twin >= 0 {
-		_ = unix.Close(f.twin)
-		f.twin = -1
-	}
+	f.dropTwin()
 	err := abortConnection(f.dev.Load())
 	select {
 	case <-f.served:
@@ -291,6 +291,13 @@ func holdTwin(point string, mountID int) int {
 		return -1
 	}
 	return fd
+}
+
+func (f *tree) dropTwin() {
+	if f.twin >= 0 {
+		_ = unix.Close(f.twin)
+		f.twin = -1
+	}
 }
 
 // A mountWatch revokes when the mount is taken out of the namespace by hand: the

@@ -118,21 +118,6 @@ func (s *source) look(p string, st *unix.Stat_t) (int, error) {
 	return fd, nil
 }
 
-// readlink returns the target of the link p.
-func (s *source) readlink(p string) (string, error) {
-	fd, err := s.open(p, unix.O_PATH)
-	if err != nil {
-		return "", err
-	}
-	defer unix.Close(fd)
-	buf := make([]byte, unix.PathMax)
-	n, err := unix.Readlinkat(fd, "", buf)
-	if err != nil {
-		return "", err
-	}
-	return string(buf[:n]), nil
-}
-
 // gone reports whether err says that a name does not lead to anything.
 func gone(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.EXDEV)

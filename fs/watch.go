@@ -28,6 +28,7 @@ type watcher struct {
 	byWD map[int32][]*watched
 	full bool // the limit was hit and logged
 
+	running sync.WaitGroup
 	queue   work // of paths to look at
 	changed work // of paths to tell Options.Changed
 }
@@ -78,12 +79,14 @@ func remote(fd int) bool {
 
 // start runs the watcher until close.
 func (w *watcher) start() {
-	go w.queue.run(w.look)
-	go w.changed.run(w.tell)
+	w.running.Go(func() { w.queue.run(w.look) })
+	go w.changed.run(w.tell) // may take its time, and uses nothing of ours
 	if w.in != nil {
-		go w.read()
+		w.running.Go(w.read)
 	}
 }
+
+// close ends the watching soon; see wait.
 
 func (w *watcher) close() {
 	if w.in != nil {
@@ -92,6 +95,10 @@ func (w *watcher) close() {
 	w.queue.stop()
 	w.changed.stop()
 }
+
+// wait returns when nothing of a closed watcher runs. A notification may be on
+// its way to the kernel until the connection has ended.
+func (w *watcher) wait() { w.running.Wait() }
 
 // add watches the directory p and reports whether it is watched.
 func (w *watcher) add(p string) bool {
