@@ -87,27 +87,31 @@ func (r *Reader) Close() error {
 // /proc does not show. Read never touches files that need the caller's mmap lock
 // (environ, cmdline, maps). An error means that the daemon is out of descriptors or memory.
 func (r *Reader) Read(uid, gid uint32, tid uint32, need policy.Need) (*policy.Caller, error) {
-	bare := policy.Caller{UID: uid, GID: gid, TID: int(tid)}
 	if tid == 0 {
-		return &bare, nil
+		return unknown(uid, gid, tid), nil
 	}
 	for range 2 {
 		t, kept, err := r.thread(int(tid))
 		if err != nil {
-			return &bare, exhaustion(tid, err)
+			return unknown(uid, gid, tid), exhaustion(tid, err)
 		}
-		c := bare
-		err = r.describe(t, &c, need)
+		c := unknown(uid, gid, tid)
+		err = r.describe(t, c, need)
 		r.done(t, err == nil)
 		if err == nil {
-			return &c, nil
+			return c, nil
 		}
 		if !kept {
-			return &bare, exhaustion(tid, err)
+			return unknown(uid, gid, tid), exhaustion(tid, err)
 		}
 		// The descriptors were of a thread that is gone; its number is another's now.
 	}
-	return &bare, nil
+	return unknown(uid, gid, tid), nil
+}
+
+// unknown is a caller of whom there is only what the request says.
+func unknown(uid, gid, tid uint32) *policy.Caller {
+	return &policy.Caller{UID: uid, GID: gid, TID: int(tid)}
 }
 
 // exhaustion passes on the errors that say something about the daemon; any other means
