@@ -96,10 +96,8 @@ func verbOf(c *cli.Context) string {
 
 func unknownVerb(c *cli.Context, commands []*cli.Command) error {
 	word := c.Args().First()
-	if word == "" || word == "help" {
-		if c.Command != nil && c.Command.Name != "kmsfs" && c.Command.Name != "" {
-			return cli.ShowSubcommandHelp(c)
-		}
+	above := verbOf(c)
+	if above == "" && (word == "" || word == "help") {
 		return cli.ShowAppHelp(c)
 	}
 	var names []string
@@ -108,7 +106,10 @@ func unknownVerb(c *cli.Context, commands []*cli.Command) error {
 			names = append(names, cmd.Name)
 		}
 	}
-	e := &usageError{text: fmt.Sprintf("there is no verb %q", word), hint: "there are " + strings.Join(names, ", ")}
+	e := &usageError{text: fmt.Sprintf("there is no verb %q", strings.TrimSpace(above+" "+word)), hint: "there are " + strings.Join(names, ", ")}
+	if word == "" {
+		e.text = above + " needs to be told what"
+	}
 	if near := config.Nearest(word, names); near != "" {
 		e.hint = fmt.Sprintf("did you mean %q?", near)
 	}

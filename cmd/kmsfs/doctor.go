@@ -158,13 +158,15 @@ func checkStale() []finding {
 			served[s.Mountpoint] = true
 		}
 	}
-	dead, err := deadMounts(served)
+	dead, err := unserved(served)
 	if err != nil {
 		return []finding{{"bad", err.Error(), ""}}
 	}
 	var all []finding
 	for _, point := range dead {
-		all = append(all, finding{"bad", point + " is mounted, but no daemon of this user answers for it", "kmsfs umount " + quote(point)})
+		if isDead(point) {
+			all = append(all, finding{"bad", point + " is mounted, but its daemon is gone", "kmsfs umount " + quote(point)})
+		}
 	}
 	if len(all) == 0 {
 		all = append(all, finding{"ok", "no mount is without its daemon", ""})

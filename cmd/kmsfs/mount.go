@@ -62,17 +62,28 @@ func (u *ui) mount(c *cli.Context) error {
 	}
 	d := &served{cfg: cfg, name: name, log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{})}
 	defer d.close()
-	if err := d.prepare(); err != nil {
-		return err
-	}
-	if err := d.prove(c.Context, waitForKey(c)); err != nil {
-		return err
-	}
-	if err := d.mount(c.Context); err != nil {
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	if err := d.start(c.Context, waitForKey(c)); err != nil {
+		if c.Context.Err() != nil && errors.Is(err, context.Canceled) {
+			d.log.Info("stopped before anything was mounted")
+			return nil
+		}
 		return err
 	}
 	d.ready()
-	return d.wait()
+	return d.wait(signals)
+}
+
+// start makes everything that must be there before the mount is ready.
+func (d *served) start(ctx context.Context, patience time.Duration) error {
+	if err := d.prepare(); err != nil {
+		return err
+	}
+	if err := d.prove(ctx, patience); err != nil {
+		return err
+	}
+	return d.mount(ctx)
 }
 
 // mountedConfig is the configuration that the command line means, and the name
@@ -202,6 +213,9 @@ func (d *served) prepare() error {
 	if err := fs.ClearStale(d.cfg.Mountpoint); err != nil {
 		return mountError(err)
 	}
+	if m, ours, err := coveringMount(d.cfg.Source); err == nil && ours {
+		return withHint(fmt.Errorf("source %s: %w: it lies in the mount at %s", d.cfg.Source, errMounted, m.point), "name the directory of the sealed files, %s", m.source)
+	}
 	if d.source, err = os.OpenFile(d.cfg.Source, os.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
 		return d.cfg.Problem("source", err, "create the directory, or correct its name")
 	}
@@ -218,7 +232,10 @@ func (d *served) prepare() error {
 		return err
 	}
 	if d.control, err = control.Listen(socketPath(d.name)); err != nil {
-		return fmt.Errorf("%w: %w", errMounted, err)
+		if errors.Is(err, os.ErrExist) {
+			err = fmt.Errorf("%w: %w", errMounted, err)
+		}
+		return err
 	}
 	d.holdHibernation()
 	return nil
@@ -363,14 +380,14 @@ func (d *served) ready() {
 	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
 	d.notify("READY=1\nSTATUS=serving " + d.cfg.Mountpoint)
 	go watchdog(socketPath(d.name), d.stopped)
+	if err := detach(); err != nil {
+		d.log.Warn("cannot detach", "error", err)
+	}
 }
 
 // wait is where a daemon spends its life: until a signal, kmsfs umount or
 // umount(8) ends the mount. The second signal means now.
-func (d *served) wait() error {
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	defer signal.Stop(signals)
+func (d *served) wait(signals <-chan os.Signal) error {
 	for {
 		select {
 		case s := <-signals:

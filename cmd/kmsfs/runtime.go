@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -47,8 +48,15 @@ func makeRuntimeDir() (string, error) {
 func socketPath(name string) string { return filepath.Join(runtimeDir(), name+".sock") }
 
 // nameOfMountpoint is what a mount without a configuration is called: its
-// mountpoint, escaped as systemd escapes paths.
-func nameOfMountpoint(point string) string { return unit.UnitNamePathEscape(point) }
+// mountpoint, escaped as systemd escapes paths, or the end of that with a
+// fingerprint of the whole where it is too long for the name of a socket.
+func nameOfMountpoint(point string) string {
+	name := unit.UnitNamePathEscape(point)
+	if len(name) <= 64 {
+		return name
+	}
+	return fmt.Sprintf("%.8x-%s", sha256.Sum256([]byte(name)), name[len(name)-40:])
+}
 
 // running lists the names that have a socket, dead ones included.
 func running() ([]string, error) {

@@ -162,13 +162,15 @@ func (s *sealing) below(c *cli.Context, arg string) ([]sealJob, error) {
 		if !c.Bool("recursive") {
 			return nil, notRegular(arg, info)
 		}
-		if arg, err = realPath(arg); err != nil {
-			return nil, err
-		}
-		dir, err := s.spots.find(arg)
+		real, err := realPath(arg)
 		if err != nil {
 			return nil, err
 		}
+		dir, err := s.spots.find(real)
+		if err != nil {
+			return nil, err
+		}
+		dir.shown = arg
 		t, err := s.tree(dir.real, true)
 		if err != nil {
 			return nil, err
@@ -251,7 +253,11 @@ const (
 
 func (s *sealing) sumUp(b *batch, jobs []sealJob) {
 	if b.total == 1 && b.counts[wasSealed] == 1 {
-		s.u.say("sealed %s", jobs[0].shown)
+		line := "sealed " + jobs[0].shown
+		if out := jobs[0].out; out != nil {
+			line += " to " + out.shown
+		}
+		s.u.say("%s", line)
 	} else if b.total == 1 && b.counts[wasAlready] == 1 {
 		s.u.say("%s is sealed already", jobs[0].shown)
 	} else if b.total != 1 {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"kmsfs/internal/config"
 	"kmsfs/internal/control"
@@ -46,7 +47,7 @@ func (u *ui) statusOf(ctx context.Context, arg string, asJSON bool) error {
 	}
 	s, err := control.Dial(socketPath(t.name)).Status(ctx)
 	if errors.Is(err, control.ErrNoDaemon) {
-		if m, found, _ := mountAt(t.point); found && m.fstype == mountType {
+		if m, found, _ := mountAt(t.point); found && m.fstype == mountType && isDead(t.point) {
 			return withHint(fmt.Errorf("%s is mounted, but its daemon is gone: %w", t.point, errUnhealthy), "kmsfs umount %s", quote(t.point))
 		}
 		return fmt.Errorf("%s: %w", arg, errNotMounted)
@@ -80,7 +81,7 @@ func (u *ui) statusOfAll(ctx context.Context, asJSON bool) error {
 			served[s.Mountpoint] = true
 		}
 	}
-	dead, err := deadMounts(served)
+	dead, err := unserved(served)
 	if err != nil {
 		return err
 	}
@@ -92,8 +93,11 @@ func (u *ui) statusOfAll(ctx context.Context, asJSON bool) error {
 		fmt.Fprintln(u.stdout, "nothing is mounted")
 	}
 	for _, point := range dead {
-		failed = append(failed, withHint(fmt.Errorf("%s is mounted, but no daemon of this user answers for it: %w", point, errUnhealthy),
-			"kmsfs umount %s", quote(point)))
+		if !isDead(point) {
+			u.warn("%s is mounted, and answers, but not to this user", point)
+			continue
+		}
+		failed = append(failed, withHint(fmt.Errorf("%s is mounted, but its daemon is gone: %w", point, errUnhealthy), "kmsfs umount %s", quote(point)))
 	}
 	return errors.Join(failed...)
 }
@@ -107,8 +111,23 @@ func (u *ui) printAll(all []*control.Status) {
 	}
 }
 
-// deadMounts lists mounts of ours that nobody answers for.
-func deadMounts(served map[string]bool) ([]string, error) {
+// isDead asks a mount itself, but does not wait for one that hangs.
+func isDead(point string) bool {
+	answer := make(chan error, 1)
+	go func() {
+		var st unix.Statx_t
+		answer <- unix.Statx(unix.AT_FDCWD, point, unix.AT_STATX_FORCE_SYNC|unix.AT_NO_AUTOMOUNT, unix.STATX_BASIC_STATS, &st)
+	}()
+	select {
+	case err := <-answer:
+		return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED)
+	case <-time.After(time.Second):
+		return false
+	}
+}
+
+// unserved lists mounts of ours whose daemons do not answer to this user.
+func unserved(served map[string]bool) ([]string, error) {
 	all, err := mounts()
 	var dead []string
 	for _, m := range all {

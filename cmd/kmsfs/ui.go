@@ -39,7 +39,6 @@ var (
 	errUnhealthy    = errors.New("not everything is well")
 	errNoConfig     = errors.New("no configuration")
 	errNoKeyService = errors.New("no such key service here")
-	errQuiet        = errors.New("already said") // marks an error whose lines were printed as they came
 )
 
 // A usageError is a command line that cannot be meant.
@@ -76,7 +75,7 @@ func (u *ui) fail(err error) int {
 		return exitOK
 	}
 	code, hints := advise(err)
-	if !errors.Is(err, errQuiet) {
+	if passed := (*exitError)(nil); !errors.As(err, &passed) {
 		u.say("error: %s", err)
 		for _, h := range hints {
 			u.say("hint: %s", h)
@@ -115,10 +114,13 @@ func classify(err error) (code int, hint string) {
 	var bad *config.Error
 	var lock *secmem.LockError
 	var partial *partialError
+	var passed *exitError
 	is := func(target error) bool { return errors.Is(err, target) }
 	switch {
 	case errors.As(err, &usage):
 		return exitUsage, usage.advice()
+	case errors.As(err, &passed):
+		return passed.code, ""
 	case errors.As(err, &partial):
 		return exitPartial, ""
 	case is(errInterrupted):

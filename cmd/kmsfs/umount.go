@@ -36,15 +36,15 @@ func (u *ui) umountCommand() *cli.Command {
 const revokeTime = 15 * time.Second
 
 func (u *ui) umount(c *cli.Context) error {
-	target, err := mountedTarget(c)
-	if err != nil {
-		return err
-	}
 	var wait time.Duration
 	if c.Bool("wait") {
 		wait = c.Duration("timeout")
 	} else if c.IsSet("timeout") {
 		return usagef("--timeout needs --wait")
+	}
+	target, err := mountedTarget(c)
+	if err != nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(c.Context, wait+revokeTime)
 	defer cancel()

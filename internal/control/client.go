@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -23,11 +25,10 @@ type Client struct {
 
 // Dial returns a client. It does not connect yet.
 func Dial(path string) *Client {
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", path)
+	transport := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return dial(ctx, path)
 	}
-	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
+	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: transport, DisableKeepAlives: true}}}
 }
 
 // Status asks the daemon how it is.
@@ -43,6 +44,33 @@ func (c *Client) Status(ctx context.Context) (*Status, error) {
 // that time has passed. It returns when no plaintext is left.
 func (c *Client) Revoke(ctx context.Context, wait time.Duration) error {
 	return c.do(ctx, http.MethodPost, "/revoke?wait="+url.QueryEscape(wait.String()), nil)
+}
+
+// dial connects to a socket, however long its path.
+func dial(ctx context.Context, path string) (net.Conn, error) {
+	short, dir, err := shorten(path)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	var d net.Dialer
+	return d.DialContext(ctx, "unix", short)
+}
+
+// longest is what fits into sockaddr_un(7), with its NUL.
+const longest = 107
+
+// shorten names a socket through a descriptor of its directory where its path is
+// too long for the kernel. The path is good until dir is closed.
+func shorten(path string) (short string, dir io.Closer, err error) {
+	if len(path) <= longest {
+		return path, io.NopCloser(nil), nil
+	}
+	d, err := os.OpenFile(filepath.Dir(path), os.O_RDONLY|unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return "", nil, err
+	}
+	return fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), filepath.Base(path)), d, nil
 }
 
 func (c *Client) do(ctx context.Context, method, path string, into any) error {
@@ -88,8 +116,7 @@ type Process struct {
 
 // Process returns the daemon's process.
 func (c *Client) Process(ctx context.Context) (*Process, error) {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", c.path)
+	conn, err := dial(ctx, c.path)
 	if err != nil {
 		return nil, c.wrap(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -26,7 +27,7 @@ type Daemon interface {
 
 // A Server answers on one socket until it is closed.
 type Server struct {
-	path     string
+	dir      io.Closer // of the socket, to remove it in the end
 	http     *http.Server
 	listener net.Listener
 }
@@ -34,20 +35,27 @@ type Server struct {
 // Listen makes the socket at path, 0600. A socket that nobody answers on any more
 // is replaced; one that is in use is an error wrapping [fs.ErrExist].
 func Listen(path string) (*Server, error) {
-	if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if conn, err := dial(ctx, path); err == nil {
 		conn.Close()
 		return nil, fmt.Errorf("%s is answered by another daemon: %w", path, fs.ErrExist)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	old := unix.Umask(0o177) // before anybody can connect; nothing else runs yet
-	l, err := net.Listen("unix", path)
-	unix.Umask(old)
+	short, dir, err := shorten(path)
 	if err != nil {
 		return nil, fmt.Errorf("make the control socket: %w", err)
 	}
-	return &Server{path: path, listener: l}, nil
+	old := unix.Umask(0o177) // before anybody can connect; nothing else runs yet
+	l, err := net.Listen("unix", short)
+	unix.Umask(old)
+	if err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("make the control socket: %w", err)
+	}
+	return &Server{dir: dir, listener: l}, nil
 }
 
 // Serve answers for d in the background.
@@ -77,6 +85,7 @@ func (s *Server) Serve(d Daemon, log *slog.Logger) {
 
 // Close lets answers under way be finished, and removes the socket.
 func (s *Server) Close(ctx context.Context) error {
+	defer s.dir.Close()
 	if s.http == nil {
 		return s.listener.Close()
 	}

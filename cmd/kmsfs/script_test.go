@@ -1,0 +1,162 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/hsm"
+)
+
+var update = flag.Bool("update", false, "rewrite the transcripts in testdata/script")
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == hsm.WorkerVerb {
+		os.Exit(hsm.WorkerMain())
+	}
+	if dir := os.Getenv(sealChild); dir != "" {
+		os.Exit(run([]string{"kmsfs", "seal", "-r", "--key", "file:" + filepath.Join(filepath.Dir(dir), "cmk"), dir}))
+	}
+	testscript.Main(m, map[string]func(){"kmsfs": main, "mount.fuse.kmsfs": main})
+}
+
+// patience is how long anything may take on a busy machine.
+const patience = 30 * time.Second
+
+// TestScripts runs each verb as a person would, with real mounts.
+func TestScripts(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("the scripts mount file systems: run the tests as root")
+	}
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		t.Fatalf("the scripts mount file systems (modprobe fuse): %v", err)
+	}
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		UpdateScripts:       *update,
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("KMSFS_CONFIG_DIR", filepath.Join(env.WorkDir, "etc"))
+			env.Setenv("KMSFS_RUNTIME_DIR", filepath.Join(env.WorkDir, "run"))
+			env.Setenv("NOTIFY_SOCKET", "")
+			env.Defer(func() { unmountBelow(t, env.WorkDir) })
+			return os.MkdirAll(filepath.Join(env.WorkDir, "etc"), 0o755)
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"exits":     exits,
+			"mounted":   mounted,
+			"listening": listening,
+			"signal":    signalTo,
+			"attr":      attr,
+			"nofile":    nofile,
+		},
+	})
+}
+
+// unmountBelow finds what a script left mounted.
+func unmountBelow(t *testing.T, dir string) {
+	all, err := mounts()
+	if err != nil {
+		t.Error(err)
+	}
+	for _, m := range all {
+		if within(dir, m.point) {
+			_ = unix.Unmount(m.point, unix.MNT_DETACH)
+			t.Errorf("the script left %s mounted", m.point)
+		}
+	}
+}
+
+// exits CODE COMMAND… runs a command that must end with just that code.
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits CODE COMMAND…")
+	}
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	err = ts.Exec(args[1], args[2:]...)
+	got := 0
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		got = exit.ExitCode()
+	} else {
+		ts.Check(err)
+	}
+	if got != want {
+		ts.Fatalf("exit code %d, want %d", got, want)
+	}
+}
+
+// mounted DIR waits until DIR is a mount of ours; ! mounted DIR demands that it is not.
+func mounted(ts *testscript.TestScript, neg bool, args []string) {
+	dir := ts.MkAbs(args[0])
+	is := func() bool {
+		m, found, err := mountAt(dir)
+		ts.Check(err)
+		return found && m.fstype == mountType
+	}
+	if neg {
+		if is() {
+			ts.Fatalf("%s is mounted", dir)
+		}
+		return
+	}
+	await(ts, dir+" to be mounted", is)
+}
+
+// listening NAME waits until the daemon NAME answers kmsfs status: it is ready.
+func listening(ts *testscript.TestScript, neg bool, args []string) {
+	await(ts, args[0]+" to answer", func() bool {
+		return ts.Exec("kmsfs", "status", "--json", args[0]) == nil
+	})
+}
+
+func await(ts *testscript.TestScript, what string, is func() bool) {
+	for until := time.Now().Add(patience); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(until) {
+			ts.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
+// signal NAME sends a signal to the background commands.
+func signalTo(ts *testscript.TestScript, neg bool, args []string) {
+	sig := map[string]os.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP, "KILL": syscall.SIGKILL}[args[0]]
+	for _, cmd := range ts.BackgroundCmds() {
+		ts.Check(cmd.Process.Signal(sig))
+	}
+}
+
+// attr FILE MODE UID:GID MTIME compares what stat shows; - is anything.
+func attr(ts *testscript.TestScript, neg bool, args []string) {
+	info, err := os.Lstat(ts.MkAbs(args[0]))
+	ts.Check(err)
+	st := info.Sys().(*syscall.Stat_t)
+	got := []string{fmt.Sprintf("%04o", info.Mode().Perm()), fmt.Sprintf("%d:%d", st.Uid, st.Gid), info.ModTime().UTC().Format(time.DateOnly)}
+	for i, want := range args[1:] {
+		if want != "-" && want != got[i] {
+			ts.Fatalf("%s: %s, want %s", args[0], strings.Join(got, " "), strings.Join(args[1:], " "))
+		}
+	}
+}
+
+// nofile PATTERN demands that no file matches.
+func nofile(ts *testscript.TestScript, neg bool, args []string) {
+	found, err := filepath.Glob(ts.MkAbs(args[0]))
+	ts.Check(err)
+	if len(found) > 0 {
+		ts.Fatalf("left behind: %v", found)
+	}
+}
