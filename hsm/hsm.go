@@ -132,7 +132,7 @@ func (b *Backend) Wrap(ctx context.Context, uri string, dek *secmem.Buffer, ec k
 	}
 	s, err := b.wrap(ctx, k, dek, ec)
 	if err != nil {
-		return keyring.Stanza{}, fmt.Errorf("wrap with %s: %w", uri, err)
+		return keyring.Stanza{}, fmt.Errorf("wrap with %s: %w", k.short, err)
 	}
 	return s, nil
 }
@@ -205,7 +205,7 @@ func (b *Backend) Unwrap(ctx context.Context, uri string, s keyring.Stanza, ec k
 	}
 	dek, err := b.unwrap(ctx, k, s, ec)
 	if err != nil {
-		return nil, fmt.Errorf("unwrap with %s: %w", uri, err)
+		return nil, fmt.Errorf("unwrap with %s: %w", k.short, err)
 	}
 	return dek, nil
 }
@@ -242,14 +242,14 @@ func (b *Backend) Probe(ctx context.Context, uri string) error {
 		return err
 	}
 	if ctx.Err() != nil {
-		return tooLate("probe "+uri, ctx)
+		return tooLate("probe "+k.short, ctx)
 	}
 	res, err := b.do(ctx, k, wire.Request{Op: wire.Probe, Mode: k.mode}, nil)
 	if err != nil {
-		return fmt.Errorf("probe %s: %w", uri, err)
+		return fmt.Errorf("probe %s: %w", k.short, err)
 	}
 	if res.Text != "" {
-		b.o.Log.Warn(res.Text, "key", uri)
+		b.o.Log.Warn(res.Text, "key", k.short)
 	}
 	return nil
 }

@@ -1,3 +1,5 @@
+//go:build cgo
+
 package hsm_test
 
 import (
@@ -11,6 +13,9 @@ import (
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == hsm.WorkerVerb {
 		os.Exit(hsm.WorkerMain())
+	}
+	if uri := os.Getenv("KMSFS_TEST_HSM_DAEMON"); uri != "" {
+		os.Exit(daemon(uri))
 	}
 	os.Exit(run(m))
 }

@@ -210,7 +210,7 @@ func (l *login) send(ctx context.Context, s *supervisor, k *key, token *wire.Tok
 		return errors.Join(err, stamp.refused(pin.Bytes()))
 	}
 	if !proven {
-		err = stamp.settled(pin.Bytes())
+		err = stamp.settled(pin.Bytes(), res.Status == wire.OK)
 	}
 	if res.Status != wire.OK {
 		return errors.Join(fmt.Errorf("log in to token %q: %w%w", token.Label, failure(res.Reply), errNoVerdict), err)
@@ -244,7 +244,7 @@ func (l *login) markOf(pin *secmem.Buffer) mark {
 func (l *login) read(k *key) (*secmem.Buffer, error) {
 	source := l.source(k)
 	if source == "" {
-		return nil, fmt.Errorf("%w: there is none for %s: add pin-source=file:/path to the URI, or LoadCredential=%s:/path to the unit", ErrPIN, k.uri, credential)
+		return nil, fmt.Errorf("%w: there is none for %s: add pin-source=file:/path to the URI, or LoadCredential=%s:/path to the unit", ErrPIN, k.short, credential)
 	}
 	path, err := pinPath(source, os.Getenv("CREDENTIALS_DIRECTORY"))
 	if err != nil {

@@ -21,7 +21,7 @@ var sharedToken = sync.OnceValues(func() (*hsmtest.Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	return token, token.Tool("--keygen", "--key-type", "aes:32", "--label", "other", "--id", "03")
+	return token, token.Tool("--keygen", "--key-type", "aes:32", "--label", "other", "--id", "03", "--private", "--sensitive")
 })
 
 // softHSM returns a token for one test.

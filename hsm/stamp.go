@@ -161,13 +161,13 @@ func (s *stamp) refused(pin []byte) error {
 }
 
 // settled records that an attempt begun has ended without a refusal: pin
-// worked, or the token gave no verdict on it.
-func (s *stamp) settled(pin []byte) error {
+// worked, which resets the token's counter, or the token gave no verdict.
+func (s *stamp) settled(pin []byte, worked bool) error {
 	h, err := s.hash(pin)
 	if err != nil {
 		return err
 	}
-	if s.data.Unfinished[h]--; s.data.Unfinished[h] <= 0 {
+	if s.data.Unfinished[h]--; worked || s.data.Unfinished[h] <= 0 {
 		delete(s.data.Unfinished, h)
 	}
 	if len(s.data.Refused) > 0 || len(s.data.Unfinished) > 0 {

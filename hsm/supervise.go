@@ -289,9 +289,16 @@ func (s *supervisor) watch(p *process) {
 
 func (s *supervisor) countDeathLocked() {
 	s.deaths++
-	if n := s.deaths - freeDeaths; n > 0 {
-		s.earliest = time.Now().Add(min(firstPause<<min(n-1, 10), longestWait))
+	s.earliest = time.Now().Add(s.pause())
+}
+
+// pause is how long the next worker has to wait.
+func (s *supervisor) pause() time.Duration {
+	n := s.deaths - freeDeaths
+	if n <= 0 {
+		return 0
 	}
+	return min(firstPause<<min(n-1, 10), longestWait)
 }
 
 // close ends the worker and waits until it is gone.

@@ -19,7 +19,7 @@ const Scheme = "pkcs11:"
 
 // A key is a parsed URI.
 type key struct {
-	uri        string
+	short      string // the URI without its query, for messages
 	name       string // first argument of its stanzas
 	sel        wire.Selector
 	module     string
@@ -63,7 +63,7 @@ func parseURI(uri string) (*key, error) {
 		return nil, fmt.Errorf("does not begin with %q", Scheme)
 	}
 	path, query, _ := strings.Cut(rest, "?")
-	k := &key{uri: uri, iv: wrapping.IVApp}
+	k := &key{short: Scheme + path, iv: wrapping.IVApp}
 	if err := each(path, ";", k.pathAttribute); err != nil {
 		return nil, err
 	}

@@ -63,7 +63,7 @@ func New(dir, label string) (*Token, error) {
 	}
 	return t, errors.Join(
 		t.run("softhsm2-util", "--init-token", "--free", "--label", label, "--so-pin", PIN, "--pin", PIN),
-		t.Tool("--keygen", "--key-type", "aes:32", "--label", "aes", "--id", "01"),
+		t.Tool("--keygen", "--key-type", "aes:32", "--label", "aes", "--id", "01", "--private", "--sensitive"),
 		t.Tool("--keypairgen", "--key-type", "rsa:2048", "--label", "rsa", "--id", "02"))
 }
 

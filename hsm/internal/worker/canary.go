@@ -164,7 +164,9 @@ func (e *engine) lacksCanary(op operation) bool {
 	return err == nil && lacks
 }
 
-// cannotProve returns why nothing can be sealed for the key, if so.
+// cannotProve returns why nothing can be sealed for the key, if so. It is of
+// class refused when the token will not, though it might open, and of class
+// unable when it cannot.
 func (k *key) cannotProve() error {
 	if k.isRSA {
 		if k.pub == nil {
@@ -174,11 +176,14 @@ func (k *key) cannotProve() error {
 	}
 	var reasons []error
 	for _, mode := range k.modes() {
-		err := k.canary.reason(mode)
-		if err == nil {
+		switch err := k.canary.reason(mode); {
+		case err == nil:
 			return nil
+		case classOf(err) == refused:
+			return err
+		default:
+			reasons = append(reasons, err)
 		}
-		reasons = append(reasons, err)
 	}
 	return errors.Join(reasons...)
 }

@@ -107,7 +107,9 @@ func (e *engine) probe(req wire.Request) wire.Reply {
 	}}); err != nil {
 		return reply(err)
 	}
-	if err := k.cannotProve(); err != nil {
+	if err := k.cannotProve(); classOf(err) == unable && err != nil {
+		return reply(judgef(wire.Denied, "the token cannot use %s: %v", k.name, err))
+	} else if err != nil {
 		return wire.Reply{Status: wire.OK, Text: fmt.Sprintf("%s is there, but could not be tried: %v", k.name, err)}
 	}
 	if req.Mode != "" {
