@@ -204,6 +204,9 @@ func TestEditInPlace(t *testing.T) {
 	}
 	w.write("f", sealed[0])
 	w.mount()
+	if v, err := readVersion(w.at("f"), false); v != 0 || err != nil { // from now on it is known as sealed
+		t.Fatal(v, err)
+	}
 	stop := make(chan struct{})
 	var readers sync.WaitGroup
 	for i := range 3 {

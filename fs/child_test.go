@@ -165,7 +165,7 @@ var sink int
 
 // A process is a child under the control of a test.
 type process struct {
-	t     *testing.T
+	t     testing.TB
 	cmd   *exec.Cmd
 	in    io.WriteCloser
 	lines chan string
@@ -173,7 +173,7 @@ type process struct {
 }
 
 // start runs the test binary in a role until the end of the test.
-func start(t *testing.T, role string, args ...string) *process {
+func start(t testing.TB, role string, args ...string) *process {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), "KMSFS_TEST_CHILD="+role, "GOMAXPROCS=1")

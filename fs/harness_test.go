@@ -124,7 +124,7 @@ const patience = 30 * time.Second
 
 // A world is a sealed tree with its key, and possibly a mount of it.
 type world struct {
-	t    *testing.T
+	t    testing.TB
 	src  string
 	mnt  string
 	keys *testKeys
@@ -137,7 +137,7 @@ type world struct {
 }
 
 // newWorld makes an empty tree. opts change the options of the mount.
-func newWorld(t *testing.T, opts ...func(*Options)) *world {
+func newWorld(t testing.TB, opts ...func(*Options)) *world {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Fatal("these tests mount: run them as root")
@@ -267,7 +267,7 @@ func clip(b []byte) string {
 }
 
 // eventually waits until ok.
-func eventually(t *testing.T, what string, ok func() bool) {
+func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !ok(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
@@ -276,7 +276,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-func before(t *testing.T, what string, ch <-chan struct{}) {
+func before(t testing.TB, what string, ch <-chan struct{}) {
 	t.Helper()
 	select {
 	case <-ch:
@@ -390,7 +390,7 @@ func (b *syncBuffer) String() string {
 	return b.b.String()
 }
 
-func rules(t *testing.T, deny bool, list ...policy.Rule) *policy.Policy {
+func rules(t testing.TB, deny bool, list ...policy.Rule) *policy.Policy {
 	t.Helper()
 	p, err := policy.New(list, deny)
 	if err != nil {

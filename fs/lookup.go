@@ -294,8 +294,7 @@ func (f *tree) digestNow(n *node, fd int) error {
 	if err != nil {
 		return err
 	}
-	sum := sha256.Sum256(b)
-	n.digest.Store(&sum)
+	n.digest.Store(digestOf(b))
 	return nil
 }
 
@@ -319,7 +318,7 @@ func (f *tree) isSettled(n *node) bool {
 	if err != nil {
 		return false
 	}
-	if sum := sha256.Sum256(b); *n.digest.Load() != sum {
+	if sha256.Sum256(b) != n.digest.Load().sum {
 		return false
 	}
 	if n.ver.settledAt(now) {

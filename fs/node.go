@@ -3,6 +3,7 @@ package fs
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -79,8 +80,8 @@ type node struct {
 
 	rewritten bool // is no sealed file now, but was a moment ago: somebody writes over it
 
-	settled atomic.Bool                       // ver cannot stand for another content any more
-	digest  atomic.Pointer[[sha256.Size]byte] // of the sealed file
+	settled atomic.Bool            // ver cannot stand for another content any more
+	digest  atomic.Pointer[digest] // of the sealed file
 	match   atomic.Pointer[matched]
 
 	pin     pin
@@ -103,7 +104,19 @@ func (o *node) standsFor(n *node) bool {
 		return o.ver.sameInode(n.ver)
 	}
 	a, b := o.digest.Load(), n.digest.Load()
-	return o.ver == n.ver && (a == nil || b == nil || *a == *b)
+	return o.ver == n.ver && (a == nil || b == nil || a.sum == b.sum)
+}
+
+// A digest is the hash of a sealed file, and how the audit writes it.
+type digest struct {
+	sum  [sha256.Size]byte
+	text string
+}
+
+func digestOf(b []byte) *digest {
+	d := &digest{sum: sha256.Sum256(b)}
+	d.text = "sha256:" + hex.EncodeToString(d.sum[:])
+	return d
 }
 
 // rule returns what p says about the node's path.

@@ -3,8 +3,6 @@ package fs
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"sync"
@@ -213,12 +211,12 @@ func (f *tree) readVersion(fd int, n *node) ([]byte, error) {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return nil, fmt.Errorf("stat sealed file %s: %w", n.path, err)
 	}
-	sum := sha256.Sum256(b)
+	found := digestOf(b)
 	known := n.digest.Load()
-	if !versionOf(&st).sameContent(n.ver) || known != nil && *known != sum {
+	if !versionOf(&st).sameContent(n.ver) || known != nil && known.sum != found.sum {
 		return nil, errStale
 	}
-	n.digest.Store(&sum)
+	n.digest.Store(found)
 	return b, nil
 }
 
@@ -280,8 +278,8 @@ func (a *attempt) record(outcome string, no syscall.Errno) error {
 	if a.outcome.Stale && outcome == "allowed" {
 		r.Outcome = "stale"
 	}
-	if sum := a.n.digest.Load(); sum != nil {
-		r.Digest = "sha256:" + hex.EncodeToString(sum[:])
+	if d := a.n.digest.Load(); d != nil {
+		r.Digest = d.text
 	}
 	if no != 0 {
 		r.Errno = unix.ErrnoName(no)

@@ -33,7 +33,7 @@ func (w *world) holders(n int) []*process {
 }
 
 // nobodyReads demands that no holder gets another byte.
-func nobodyReads(t *testing.T, all []*process) {
+func nobodyReads(t testing.TB, all []*process) {
 	t.Helper()
 	for _, p := range all {
 		p.tell()
