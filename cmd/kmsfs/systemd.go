@@ -18,8 +18,12 @@ func (u *ui) systemdCommand() *cli.Command {
 			Name:      "drop-in",
 			Usage:     "print the drop-in that binds an application to a tree",
 			ArgsUsage: "UNIT NAME",
-			Description: "The application starts after the tree is mounted, and stops before it is revoked: by systemctl stop, and at\n" +
-				"shutdown. Put the output into /etc/systemd/system/UNIT.d/kmsfs-NAME.conf and run systemctl daemon-reload.",
+			Description: "The application starts after the tree is mounted and stops before it is revoked by systemctl stop or a shutdown;\n" +
+				"when the tree is restarted, also after a crash, so is the application. Put the output into\n" +
+				"/etc/systemd/system/UNIT.d/kmsfs-NAME.conf and run systemctl daemon-reload.",
+			Flags: []cli.Flag{
+				&cli.BoolFlag{Name: "bind", Usage: "stop it whenever the tree is gone: also after kmsfs umount, and for good after a crash"},
+			},
 			Action: u.systemdDropIn,
 		}},
 	}
@@ -41,7 +45,7 @@ func (u *ui) systemdDropIn(c *cli.Context) error {
 	if _, err := loadConfig(tree); err != nil && errors.Is(err, errNoConfig) {
 		u.warn("there is no tree %s on this machine yet", tree)
 	}
-	_, err := fmt.Fprint(u.stdout, dropIn(app, tree))
+	_, err := fmt.Fprint(u.stdout, dropIn(app, tree, c.Bool("bind")))
 	return err
 }
 
@@ -53,17 +57,24 @@ func unitName(name string) bool {
 	return len(name) < 256 && unitPattern.MatchString(name)
 }
 
-// dropIn binds application to tree.
+// dropIn makes application depend on tree.
 //
-// Requires= and not BindsTo=: a daemon that crashed is back a second later, and an
-// application that was stopped for it would stay down.
-func dropIn(application, tree string) string {
+// systemd restarts what has Requires= along with the tree, by hand or after a crash,
+// but hears nothing of a daemon that ends by itself, as after kmsfs umount. What has
+// BindsTo= is stopped whenever the daemon ends, and stays down after a crash.
+func dropIn(application, tree string, bind bool) string {
 	unit := "kmsfs@" + tree + ".service"
+	call, dependency := "", "Requires"
+	why := "Starts and restarts with the tree, only after it is mounted; stops before it is revoked."
+	if bind {
+		call, dependency = "--bind ", "BindsTo"
+		why = "Starts with the tree, only after it is mounted; stops whenever it is gone."
+	}
 	return fmt.Sprintf(`# /etc/systemd/system/%[1]s.d/kmsfs-%[2]s.conf
-# by: kmsfs systemd drop-in %[1]s %[2]s
+# by: kmsfs systemd drop-in %[3]s%[1]s %[2]s
 [Unit]
-# Starts with the tree and only after it is mounted; stops before it is revoked.
-Requires=%[3]s
-After=%[3]s
-`, application, tree, unit)
+# %[4]s
+%[5]s=%[6]s
+After=%[6]s
+`, application, tree, call, why, dependency, unit)
 }

@@ -10,7 +10,7 @@ func TestDropIn(t *testing.T) {
 	const want = `# /etc/systemd/system/nginx.service.d/kmsfs-shop.conf
 # by: kmsfs systemd drop-in nginx.service shop
 [Unit]
-# Starts with the tree and only after it is mounted; stops before it is revoked.
+# Starts and restarts with the tree, only after it is mounted; stops before it is revoked.
 Requires=kmsfs@shop.service
 After=kmsfs@shop.service
 `
@@ -18,6 +18,10 @@ After=kmsfs@shop.service
 	out, said, code := typed("systemd", "drop-in", "nginx.service", "shop")
 	if code != exitOK || out != want {
 		t.Errorf("exit code %d, printed:\n%swant:\n%s", code, out, want)
+	}
+	bound, _, _ := typed("systemd", "drop-in", "--bind", "nginx.service", "shop")
+	if !strings.Contains(bound, "\nBindsTo=kmsfs@shop.service\nAfter=kmsfs@shop.service\n") || strings.Contains(bound, "Requires") {
+		t.Errorf("--bind printed:\n%s", bound)
 	}
 	if !strings.Contains(said, "no tree shop") {
 		t.Errorf("said %q, want a warning that there is no such tree", said)
