@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
-	"golang.org/x/sys/unix"
 
 	"kmsfs/internal/config"
 	"kmsfs/internal/control"
@@ -42,7 +41,7 @@ func (u *ui) doctor(c *cli.Context) error {
 		return usage(c, errors.New("doctor takes no arguments; a configuration is named with -c"), false)
 	}
 	var all []finding
-	for _, check := range []func() []finding{checkFuse, checkMemlock, checkSwap, checkHibernation, checkCores, checkStale} {
+	for _, check := range []func() []finding{checkFuse, checkMemlock, checkExposure, checkStale} {
 		all = append(all, check()...)
 	}
 	if name := c.String("config"); name != "" {
@@ -91,60 +90,26 @@ func checkMemlock() []finding {
 	return []finding{{"ok", fmt.Sprintf("%s can be locked", config.FormatSize(config.DefaultMaxMemory)), ""}}
 }
 
-// checkSwap looks at what other processes that read a secret may lose to disk;
-// the daemon's own memory is locked.
-func checkSwap() []finding {
-	text, err := os.ReadFile("/proc/swaps")
+// checkExposure looks at what other processes that read a secret may lose to
+// disk; the daemon's own memory is locked.
+func checkExposure() []finding {
+	exposure, err := secmem.ReadExposure("/")
 	if err != nil {
-		return []finding{{"warn", fmt.Sprintf("cannot tell whether there is swap: %v", err), ""}}
+		return []finding{{"warn", err.Error(), ""}}
 	}
-	var areas []string
-	for _, line := range strings.Split(string(text), "\n")[1:] {
-		if f := strings.Fields(line); len(f) > 0 && !strings.HasPrefix(f[0], "/dev/zram") {
-			areas = append(areas, f[0])
-		}
-	}
-	if len(areas) == 0 {
-		return []finding{{"ok", "there is no swap on disk", ""}}
-	}
-	return []finding{{"warn", "programs that read a secret can be swapped to " + strings.Join(areas, ", "),
-		"encrypt the swap with a key of each boot (crypttab: swap,cipher=…), or use zram"}}
-}
-
-// hibernationWarnings says what stands if hibernation cannot be kept away.
-func hibernationWarnings() []string {
-	state, err := os.ReadFile("/sys/power/state")
-	if err != nil || !strings.Contains(string(state), "disk") {
-		return nil
-	}
-	return []string{"this machine can hibernate, which writes plaintext to disk, and this kernel lets nobody keep it from that"}
-}
-
-func checkHibernation() []finding {
-	hold, err := secmem.HoldHibernation()
-	if err == nil {
+	var all []finding
+	if hold, err := secmem.HoldHibernation(); err == nil {
 		hold.Close()
-		return []finding{{"ok", "hibernation is refused while a tree is mounted", ""}}
+		exposure.Hibernation = false
+		all = append(all, finding{"ok", "hibernation is refused while a tree is mounted", ""})
 	}
-	if w := hibernationWarnings(); len(w) > 0 {
-		return []finding{{"warn", w[0], "boot with secretmem.enable=1, or mask hibernate.target"}}
+	for _, w := range exposure.Warnings() {
+		all = append(all, finding{"warn", w, ""})
 	}
-	return []finding{{"ok", "this machine does not hibernate", ""}}
-}
-
-// checkCores looks at where a crash of a program that read a secret goes.
-func checkCores() []finding {
-	pattern, err := os.ReadFile("/proc/sys/kernel/core_pattern")
-	if err != nil {
-		return nil
+	if len(exposure.Warnings()) == 0 {
+		all = append(all, finding{"ok", "programs that read a secret do not lose it to swap or core dumps", ""})
 	}
-	text := strings.TrimSpace(string(pattern))
-	var rl unix.Rlimit
-	if text == "" || unix.Getrlimit(unix.RLIMIT_CORE, &rl) == nil && rl.Cur == 0 && !strings.HasPrefix(text, "|") {
-		return []finding{{"ok", "programs leave no core dumps", ""}}
-	}
-	return []finding{{"warn", fmt.Sprintf("a program that crashes after reading a secret leaves it in a core dump (core_pattern %q)", text),
-		"LimitCORE=0 in the units of programs that read secrets"}}
+	return all
 }
 
 // checkStale looks for mounts that nobody serves any more.

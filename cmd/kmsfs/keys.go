@@ -100,7 +100,8 @@ func patient(scheme string, b keyring.Backend, cfg *config.Config) keyring.Backe
 		perSecond := cfg.TencentKMS.RateLimit
 		b = keyring.Limit(b, float64(perSecond), max(1, perSecond/10))
 	}
-	return keyring.Breaker(keyring.Retry(b, keyring.RetryPolicy{}), keyring.BreakerPolicy{})
+	// Two whole attempts fit into the time of one open.
+	return keyring.Breaker(keyring.Retry(b, keyring.RetryPolicy{AttemptTimeout: cfg.OpenTimeout * 2 / 5}), keyring.BreakerPolicy{})
 }
 
 // sealing returns the keys a file is sealed under: the first one configured, or

@@ -57,6 +57,8 @@ func (u *ui) mount(c *cli.Context) error {
 	if err := restartTuned(u.args); err != nil {
 		return err
 	}
+	// After the restart we would be called exe in ps and in the journal.
+	_ = os.WriteFile("/proc/self/comm", []byte("kmsfs"), 0)
 	if err := secmem.Harden(); err != nil {
 		return fmt.Errorf("harden the process: %w", err)
 	}
@@ -278,19 +280,28 @@ func openAudit(cfg *config.Config) (*audit.Log, error) {
 	return log, nil
 }
 
-// holdHibernation keeps the machine from writing all memory to disk.
+// holdHibernation keeps the machine from writing all memory to disk, and warns of
+// what else takes secrets there that programs have read.
 func (d *served) holdHibernation() {
-	if d.cfg.AllowHibernation {
-		return
-	}
-	hold, err := secmem.HoldHibernation()
-	if err != nil {
-		for _, w := range hibernationWarnings() {
-			d.warn(w)
+	if !d.cfg.AllowHibernation {
+		hold, err := secmem.HoldHibernation()
+		if err == nil {
+			d.hold = hold
+		} else if !errors.Is(err, errors.ErrUnsupported) {
+			d.log.Warn("cannot keep hibernation away", "error", err)
 		}
+	}
+	exposure, err := secmem.ReadExposure("/")
+	if err != nil {
+		d.log.Warn("cannot tell where secrets could be written to disk", "error", err)
 		return
 	}
-	d.hold = hold
+	if d.hold != nil || d.cfg.AllowHibernation {
+		exposure.Hibernation = false
+	}
+	for _, w := range exposure.Warnings() {
+		d.warn(w)
+	}
 }
 
 // prove lets a key service show that one key works. It waits for one that is not
