@@ -430,3 +430,14 @@ func TestResolvesBeneath(t *testing.T) {
 		}
 	}
 }
+
+// TestReadAtTheEndLendsNothing: without a page cache every reader asks for the bytes
+// behind the last one, and what an empty reply lent would never come back.
+func TestReadAtTheEndLendsNothing(t *testing.T) {
+	w := newWorld(t, func(o *Options) { o.PageCache = false; o.Plaintext.TTL = 0 })
+	w.seal("f", "text")
+	w.mount()
+	w.read("f", "text")
+	eventually(t, "the wipe", func() bool { return w.fs.Store().Stats().Bytes == 0 })
+	w.must(w.fs.Revoke(t.Context(), false))
+}

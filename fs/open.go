@@ -385,6 +385,11 @@ func (f *tree) Read(_ <-chan struct{}, in *fuse.ReadIn, dest []byte) (fuse.ReadR
 		f.report(h.node.path, no, err, hint)
 		return nil, fuse.Status(no)
 	}
+	if len(b) == 0 { // the end of the file; go-fuse never calls Done of an empty result
+		done()
+		f.replies.leave()
+		return fuse.ReadResultData(nil), fuse.OK
+	}
 	return &loan{bytes: [1][]byte{b}, done: done, replies: &f.replies}, fuse.OK
 }
 
