@@ -432,6 +432,36 @@ func TestDirectoryIsReplaced(t *testing.T) {
 	}
 }
 
+// TestLinkIsSwitched: a link to a directory of files, switched by rename, leads to the new ones at
+// once; so does a directory that becomes a link.
+func TestLinkIsSwitched(t *testing.T) {
+	w := newWorld(t)
+	switchTo := func(i int) {
+		dir := fmt.Sprintf("v%d", i)
+		w.write(dir+"/f", w.sealAs(dir+"/f", content(i)))
+		w.must(os.Symlink(dir, filepath.Join(w.src, ".link")), os.Rename(filepath.Join(w.src, ".link"), filepath.Join(w.src, "data")))
+	}
+	switchTo(0)
+	w.must(os.Symlink("data/f", filepath.Join(w.src, "f")))
+	w.write("d/f", w.sealAs("d/f", content(1000)))
+	w.mount()
+	for i := 1; i < 100; i++ {
+		for _, p := range []string{"f", "data/f"} {
+			if v, err := readVersion(w.at(p), false); v != i-1 || err != nil {
+				t.Fatalf("%s in round %d: version %d, %v", p, i, v, err)
+			}
+		}
+		switchTo(i)
+	}
+	if v, err := readVersion(w.at("d/f"), false); v != 1000 || err != nil {
+		t.Fatalf("version %d, %v", v, err)
+	}
+	w.must(os.Rename(filepath.Join(w.src, "d"), filepath.Join(w.src, "e")), os.Symlink("v7", filepath.Join(w.src, "d")))
+	if v, err := readVersion(w.at("d/f"), false); v != 7 || err != nil {
+		t.Fatalf("version %d, %v", v, err)
+	}
+}
+
 // TestPlainFilesFollow: a plain file behaves as it does without us.
 func TestPlainFilesFollow(t *testing.T) {
 	w := newWorld(t)

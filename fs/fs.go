@@ -32,6 +32,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime/debug"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -191,6 +192,9 @@ func newTree(o Options) (*tree, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if o.Source == nil || o.Opener == nil || o.Caller == nil || o.Plaintext.Arena == nil {
+		return nil, errors.New("mount: source, opener, caller and arena are required")
+	}
 	src, err := newSource(o.Source)
 	if err != nil {
 		return nil, err
@@ -274,7 +278,7 @@ func (f *tree) serverOptions() *fuse.MountOptions {
 		DisableSplice:      true, // it costs a pipe for each reply and copies
 		Logger:             slog.NewLogLogger(f.o.Log.Handler(), slog.LevelDebug),
 		PanicHandler: func(v any) fuse.Status {
-			f.o.Log.Error("a request handler panicked", "panic", fmt.Sprint(v))
+			f.o.Log.Error("a request handler panicked", "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
 			return fuse.EIO
 		},
 		DisabledCapabilities: fuse.CAP_NO_OPEN_SUPPORT | fuse.CAP_PASSTHROUGH,

@@ -39,7 +39,7 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 	watched := f.watch.add(dir.path)
 	n, err := f.find(path.Join(dir.path, name), true)
 	if err != nil {
-		return f.lookupFailed(path.Join(dir.path, name), err)
+		return f.lookupFailed(dir, name, err)
 	}
 	n, before := f.table.adopt(n)
 	if before != nil {
@@ -68,11 +68,17 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 
 // lookupFailed answers a lookup that found nothing. The kernel keeps no negative
 // entry: what is created is there at once, watched or not.
-func (f *tree) lookupFailed(p string, err error) fuse.Status {
+// Where the directory itself is another by now, the kernel must begin with that.
+func (f *tree) lookupFailed(dir *node, name string, err error) fuse.Status {
+	p := path.Join(dir.path, name)
 	if n := f.table.at(p); n != nil && gone(err) {
 		f.retire(n)
 	}
+	var st unix.Stat_t
 	switch {
+	case gone(err) && (f.src.stat(dir.path, &st) != nil || !dir.ver.sameInode(versionOf(&st))):
+		f.retire(dir)
+		return fuse.Status(syscall.ESTALE)
 	case gone(err):
 		return fuse.ENOENT
 	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.ENAMETOOLONG):
@@ -187,10 +193,15 @@ func override(m *matched, mode, uid, gid uint32) (_, _, _ uint32) {
 	return mode, uid, gid
 }
 
-// Readlink returns the target of a link, which was checked when it was found.
+// Readlink returns the target of a link, which was checked when it was found. A link
+// that has been switched is another node, as a replaced file is.
 func (f *tree) Readlink(_ <-chan struct{}, in *fuse.InHeader) ([]byte, fuse.Status) {
 	n := f.table.get(in.NodeId)
 	if n == nil || n.kind != symlink {
+		return nil, fuse.Status(syscall.ESTALE)
+	}
+	if now, err := f.src.readlink(n.path); err != nil || now != n.target {
+		f.retire(n)
 		return nil, fuse.Status(syscall.ESTALE)
 	}
 	return []byte(n.target), fuse.OK
@@ -217,16 +228,14 @@ func (f *tree) find(p string, pinned bool) (*node, error) {
 	case unix.S_IFREG:
 		return f.findFile(n, now, pinned)
 	case unix.S_IFLNK:
-		buf := make([]byte, unix.PathMax)
-		l, err := unix.Readlinkat(fd, "", buf)
-		if err != nil {
+		if n.target, err = readlinkAt(fd); err != nil {
 			return nil, err
 		}
-		if n.target = string(buf[:l]); !inside(p, n.target, f.o.Mountpoint) {
+		if !inside(p, n.target, f.o.Mountpoint) {
 			return nil, syscall.ENOENT
 		}
 		n.kind = symlink
-		n.size.Store(int64(l))
+		n.size.Store(int64(len(n.target)))
 	default:
 		return nil, syscall.ENOENT
 	}

@@ -103,6 +103,9 @@ func (o *node) standsFor(n *node) bool {
 	if n.kind == directory || n.kind == plainFile {
 		return o.ver.sameInode(n.ver)
 	}
+	if n.kind == symlink {
+		return o.ver == n.ver && o.target == n.target
+	}
 	a, b := o.digest.Load(), n.digest.Load()
 	return o.ver == n.ver && (a == nil || b == nil || a.sum == b.sum)
 }

@@ -102,7 +102,7 @@ func (s *source) stat(p string, st *unix.Stat_t) error {
 	if p == "" {
 		return unix.Fstat(s.fd, st)
 	}
-	return unix.Fstatat(s.fd, p, st, unix.AT_SYMLINK_NOFOLLOW)
+	return unix.Fstatat(s.fd, p, st, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT)
 }
 
 // look opens p by O_PATH and describes it.
@@ -116,6 +116,26 @@ func (s *source) look(p string, st *unix.Stat_t) (int, error) {
 		return -1, err
 	}
 	return fd, nil
+}
+
+// readlink returns the target of the link p.
+func (s *source) readlink(p string) (string, error) {
+	fd, err := s.open(p, unix.O_PATH)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	return readlinkAt(fd)
+}
+
+// readlinkAt returns the target of the link that was opened as fd.
+func readlinkAt(fd int) (string, error) {
+	buf := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(fd, "", buf)
+	if err != nil {
+		return "", err
+	}
+	return string(buf[:n]), nil
 }
 
 // gone reports whether err says that a name does not lead to anything.

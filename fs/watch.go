@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -136,15 +137,18 @@ func (w *watcher) add(p string) bool {
 }
 
 func (w *watcher) inotifyAdd(fd int) (wd int, err error) {
-	conn, err := w.in.SyscallConn()
-	if err != nil {
-		return -1, err
-	}
-	var e error
-	err = conn.Control(func(in uintptr) {
-		wd, e = unix.InotifyAddWatch(int(in), fmt.Sprintf("/proc/self/fd/%d", fd), watchMask)
+	err = os.ErrClosed
+	w.inotify(func(in int) {
+		wd, err = unix.InotifyAddWatch(in, fmt.Sprintf("/proc/self/fd/%d", fd), watchMask)
 	})
-	return wd, errors.Join(err, e)
+	return wd, err
+}
+
+// inotify calls do with the descriptor, unless it is closed.
+func (w *watcher) inotify(do func(fd int)) {
+	if conn, err := w.in.SyscallConn(); err == nil {
+		_ = conn.Control(func(fd uintptr) { do(int(fd)) })
+	}
 }
 
 // changes counts what happened in the directory p.
@@ -162,9 +166,16 @@ func (w *watcher) unwatch(p string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for name, d := range w.dirs {
-		if name == p || strings.HasPrefix(name, p+"/") {
-			delete(w.dirs, name)
-			d.changes.Add(1)
+		if name != p && !strings.HasPrefix(name, p+"/") {
+			continue
+		}
+		delete(w.dirs, name)
+		d.changes.Add(1)
+		others := slices.DeleteFunc(slices.Clone(w.byWD[d.wd]), func(o *watched) bool { return o == d })
+		w.byWD[d.wd] = others
+		if len(others) == 0 {
+			delete(w.byWD, d.wd)
+			w.inotify(func(in int) { _, _ = unix.InotifyRmWatch(in, uint32(d.wd)) })
 		}
 	}
 }
