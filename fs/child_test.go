@@ -3,6 +3,8 @@ package fs
 import (
 	"bufio"
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -12,10 +14,16 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/internal/caller"
+	"kmsfs/internal/sealed"
+	"kmsfs/internal/secmem"
+	"kmsfs/internal/store"
 )
 
 // child is what a process of the test binary does in a role of its own. It tells
@@ -25,6 +33,8 @@ func child(role string, args []string) int {
 	switch role {
 	case "open":
 		return openOnce(args[0])
+	case "mount":
+		return mountAndRead(args[0], args[1])
 	case "map":
 		return mapAll(args[0])
 	case "watchdog":
@@ -163,6 +173,34 @@ func touch(m []byte) (pages int) {
 
 var sink int
 
+// mountAndRead mounts src at mnt with nobody's help but fusermount3's, reads a plain file, revokes.
+func mountAndRead(src, mnt string) int {
+	err := func() error {
+		arena, err := secmem.New(1 << 20)
+		if err != nil {
+			return err
+		}
+		reader, err := caller.New("/proc")
+		if err != nil {
+			return err
+		}
+		dir, err := os.Open(src)
+		if err != nil {
+			return err
+		}
+		m, err := Mount(context.Background(), Options{Source: dir, Mountpoint: mnt, PageCache: true, Caller: reader,
+			Opener: &sealed.Opener{Arena: arena}, Plaintext: store.Options{Arena: arena}})
+		if err != nil {
+			return err
+		}
+		got, err := os.ReadFile(mnt + "/f")
+		fmt.Printf("read %q\n", got)
+		return errors.Join(err, m.Revoke(context.Background(), false))
+	}()
+	fmt.Println("end", err)
+	return 0
+}
+
 // A process is a child under the control of a test.
 type process struct {
 	t     testing.TB
@@ -175,7 +213,14 @@ type process struct {
 // start runs the test binary in a role until the end of the test.
 func start(t testing.TB, role string, args ...string) *process {
 	t.Helper()
+	return startAs(t, nil, role, args...)
+}
+
+// startAs does so with the rights of a user.
+func startAs(t testing.TB, user *syscall.Credential, role string, args ...string) *process {
+	t.Helper()
 	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
 	cmd.Env = append(os.Environ(), "KMSFS_TEST_CHILD="+role, "GOMAXPROCS=1")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -339,6 +340,26 @@ func TestStaleMounts(t *testing.T) {
 	w.must(ClearStale(w.mnt))
 	if all, err := readMounts("/proc/self/mountinfo"); err != nil || !slices.ContainsFunc(all, func(m mountEntry) bool { return m.point == w.mnt && m.kind == "tmpfs" }) {
 		t.Fatalf("somebody else's mount is gone: %v", err)
+	}
+}
+
+// TestUnprivileged: an ordinary user mounts with the help of fusermount3.
+func TestUnprivileged(t *testing.T) {
+	w := newWorld(t)
+	w.write("f", []byte("text"))
+	w.must(os.Chown(w.mnt, 65534, 65534))
+	device := statOf(t, "/dev/fuse")
+	w.must(os.Chmod("/dev/fuse", 0o666))
+	defer os.Chmod("/dev/fuse", fs.FileMode(device.Mode&0o777))
+	p := startAs(t, &syscall.Credential{Uid: 65534, Gid: 65534}, "mount", w.src, w.mnt)
+	for _, want := range []string{`read "text"`, "end <nil>"} {
+		if got := p.line(); got != want {
+			t.Fatalf("%s, want %s", got, want)
+		}
+	}
+	before(t, "the end of the daemon", p.ended)
+	if all, err := readMounts("/proc/self/mountinfo"); err != nil || slices.ContainsFunc(all, func(m mountEntry) bool { return m.point == w.mnt }) {
+		t.Fatalf("the mount is left: %v", err)
 	}
 }
 
