@@ -51,3 +51,16 @@ deps-vm:
 vm: deps-vm ## search the RAM, disk and swap of a booted stock Debian kernel from outside
 	$(GO) vet -tags vm ./internal/vm/...
 	$(GO) test -tags vm -timeout 20m -count=1 -v ./internal/vm
+
+# Packages
+.PHONY: package package-test deps-package
+
+package: ## build deb and rpm into dist/, the same bytes for the same commit
+	GO='$(GO)' ./packaging/build.sh dist
+
+deps-package:
+	./testdata/deps.sh debootstrap lintian mandoc rpm systemd systemd-container
+
+package-test: deps-package ## install, use, crash, upgrade, remove and purge the package in a container
+	$(GO) vet -tags packaging ./packaging
+	GO='$(GO)' $(GO) test -tags packaging -timeout 30m -count=1 -v ./packaging

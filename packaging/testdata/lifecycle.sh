@@ -1,0 +1,195 @@
+#!/bin/bash
+# The life of the package on a real Debian root under a real systemd: installed,
+# used, crashed, upgraded while in use, removed, purged. Runs inside a container;
+# packaging_test.go starts it and looks for the last line.
+set -eEuo pipefail
+cd /root/test
+failed() {
+	trap - ERR
+	echo "FAILED at line $1: $2"
+	systemctl status --no-pager -l 'kmsfs@*' app || true
+	journalctl -b --no-pager -u 'kmsfs@*' -u app | grep -v ' open of ' | tail -40
+	findmnt -t fuse.kmsfs || true
+	exit 1
+}
+trap 'failed "$LINENO" "$BASH_COMMAND"' ERR
+
+step() { printf '\n== %s\n' "$*"; }
+# await COMMAND... until it succeeds, for half a minute.
+await() {
+	for _ in $(seq 600); do
+		if "$@" >/dev/null 2>&1; then return 0; fi
+		sleep 0.05
+	done
+	echo "waited in vain for: $*"
+	return 1
+}
+refuses() { ! "$@"; }
+is() { [ "$1" = "$2" ] || { echo "got '$1', want '$2'"; return 1; }; }
+mounts() { findmnt -rn -t fuse.kmsfs -o TARGET || true; }
+prop() { systemctl show -P "$2" "$1"; }
+
+step install
+dpkg -i old.deb
+is "$(stat -c '%a %U:%G' /etc/kmsfs)" '700 root:root'
+is "$(systemctl list-units --plain --no-legend 'kmsfs@*')" ''
+is "$(systemctl list-unit-files --no-legend 'kmsfs@*' | awk '{print $2}')" 'disabled'
+systemd-analyze verify --man=no kmsfs@shop.service
+for f in /usr/share/man/man8/kmsfs.8.gz /usr/share/man/man8/mount.fuse.kmsfs.8.gz /usr/share/man/man5/kmsfs.toml.5.gz; do
+	test -s $f
+done
+
+step 'seal, and start with the application'
+mkdir -p /srv/shop /mnt/second
+printf 'correct horse' >/srv/shop/password
+printf 'only for cat' >/srv/shop/cat
+kmsfs keygen /etc/kmsfs/shop.key
+cat >/etc/kmsfs/shop.toml <<END
+source = "/srv/shop"
+keys   = ["file:/etc/kmsfs/shop.key"]
+[[rule]]
+path  = "password"
+owner = "games"
+mode  = "0400"
+[[rule]]
+path  = "cat"
+mode  = "0444"
+allow = ["exe:/usr/bin/cat"]
+[audit]
+file = "/var/log/kmsfs/shop.jsonl"
+END
+kmsfs seal -r /srv/shop
+refuses grep -rq 'correct horse' /srv/shop
+cp app.sh /usr/local/bin/
+cp app.service /etc/systemd/system/
+mkdir /etc/systemd/system/app.service.d
+kmsfs systemd drop-in app.service shop >/etc/systemd/system/app.service.d/kmsfs-shop.conf
+systemd-analyze verify --man=no app.service
+systemctl daemon-reload
+systemctl enable -q kmsfs@shop app
+systemctl start app
+is "$(prop kmsfs@shop ActiveState)" active
+await test -e /run/app/started
+is "$(cat /srv/shop/password)" 'correct horse'
+await grep -q 'correct horse' /run/app/read
+
+step 'the sandbox lets callers be told apart, memory be locked and hibernation be refused'
+is "$(setpriv --reuid=games --clear-groups cat /srv/shop/cat)" 'only for cat'
+refuses setpriv --reuid=games --clear-groups head -c1 /srv/shop/cat
+kmsfs status
+kmsfs status --json shop | grep -q '"mountpoint": *"/srv/shop"'
+refuses journalctl -b -u kmsfs@shop --no-pager -g 'not permitted|identify'
+test -s /var/log/kmsfs/shop.jsonl
+pid=$(prop kmsfs@shop MainPID)
+grep -q '^Max core file size *0 *0' /proc/$pid/limits
+grep -q '^NoNewPrivs:.*1$' /proc/$pid/status
+grep -q '^Seccomp:.*2$' /proc/$pid/status
+is "$(readlink /proc/$pid/ns/mnt)" "$(readlink /proc/1/ns/mnt)"
+
+step watchdog
+mkdir -p /run/systemd/system/kmsfs@shop.service.d
+printf '[Service]\nWatchdogSec=1s\n' >/run/systemd/system/kmsfs@shop.service.d/test.conf
+systemctl daemon-reload
+systemctl restart kmsfs@shop # the application, too, since it requires it
+first=$(prop kmsfs@shop WatchdogTimestampMonotonic)
+pinged() { [ "$(prop kmsfs@shop WatchdogTimestampMonotonic)" -gt "$((first + 2000000))" ]; }
+await pinged
+rm /run/systemd/system/kmsfs@shop.service.d/test.conf
+systemctl daemon-reload
+systemctl restart kmsfs@shop
+await systemctl -q is-active app
+await test -e /run/app/started
+
+step 'a crash: the tree comes back, and the application with it'
+kill -9 "$(prop kmsfs@shop MainPID)"
+again() { [ "$(prop kmsfs@shop NRestarts)" = 1 ] && systemctl -q is-active kmsfs@shop app; }
+await again
+is "$(cat /srv/shop/password)" 'correct horse'
+await grep -q 'correct horse' /run/app/read # in a mount namespace of its own
+is "$(mounts)" /srv/shop
+[ ! -e /run/app/errors ] || { cat /run/app/errors; false; }
+
+step 'an upgrade takes nothing away'
+pid=$(prop kmsfs@shop MainPID)
+app=$(prop app MainPID)
+exec 8</srv/shop/password
+dpkg -i new.deb | tee upgrade.log
+grep -q 'systemctl restart kmsfs@shop.service' upgrade.log
+is "$(prop kmsfs@shop MainPID)" "$pid"
+is "$(prop app MainPID)" "$app"
+is "$(cat <&8)" 'correct horse'
+exec 8<&-
+is "$(cat /srv/shop/password)" 'correct horse'
+[ ! -e /run/app/errors ] || { cat /run/app/errors; false; }
+version() { kmsfs status --json shop | sed 's/.*"version": *"\([^"]*\)".*/\1/'; }
+is "$(version)" "$(cat old.version)"
+systemctl restart kmsfs@shop
+is "$(version)" "$(cat new.version)"
+is "$(cat /srv/shop/password)" 'correct horse'
+
+step 'mount(8) and fstab'
+mkdir -p /srv/second
+printf 'by fstab' >/srv/second/file
+printf 'source = "/srv/second"\nmountpoint = "/mnt/second"\nkeys = ["file:/etc/kmsfs/shop.key"]\n' >/etc/kmsfs/second.toml
+kmsfs seal -r /srv/second
+mount -t fuse.kmsfs second /mnt/second
+is "$(cat /mnt/second/file)" 'by fstab'
+kmsfs umount second
+echo 'second /mnt/second fuse.kmsfs ro,noauto,nofail,_netdev,x-systemd.after=local-fs.target 0 0' >>/etc/fstab
+systemctl daemon-reload
+mount /mnt/second
+is "$(cat /mnt/second/file)" 'by fstab'
+umount /mnt/second
+gone() { [ ! -S /run/kmsfs/second.sock ]; }
+await gone
+systemctl start mnt-second.mount
+is "$(cat /mnt/second/file)" 'by fstab'
+systemctl stop mnt-second.mount
+await gone
+code=0
+mount -t fuse.kmsfs nonsense /mnt/second || code=$?
+[ $code != 0 ]
+sed -i /fuse.kmsfs/d /etc/fstab
+systemctl daemon-reload
+
+step 'stopping revokes, and stops the application before'
+systemctl start app
+systemctl stop kmsfs@shop
+is "$(prop app ActiveState)" inactive
+is "$(mounts)" ''
+refuses grep -q 'correct horse' /srv/shop/password
+refuses grep -rlE 'correct horse|by fstab' /run/kmsfs /var/log/kmsfs /var/log/journal
+
+step remove
+systemctl start app
+mount -t fuse.kmsfs second /mnt/second
+dpkg -r kmsfs
+is "$(prop app ActiveState)" inactive
+is "$(mounts)" ''
+is "$(readlink /proc/[0-9]*/exe | grep kmsfs || true)" ''
+test -s /etc/kmsfs/shop.toml
+test -s /etc/kmsfs/shop.key
+test -s /srv/shop/password
+test ! -e /usr/bin/kmsfs
+
+step 'install again'
+dpkg -i new.deb
+systemctl start app
+is "$(cat /srv/shop/password)" 'correct horse'
+
+step purge
+dpkg -P kmsfs
+is "$(mounts)" ''
+test -s /etc/kmsfs/shop.toml # never ours to delete
+test -s /var/log/kmsfs/shop.jsonl
+test ! -e /run/kmsfs
+test ! -L /etc/systemd/system/multi-user.target.wants/kmsfs@shop.service
+is "$(dpkg-query -W kmsfs 2>/dev/null || true)" ''
+
+step 'purge of an empty configuration'
+rm -r /etc/kmsfs
+dpkg -i new.deb
+dpkg -P kmsfs
+test ! -e /etc/kmsfs
+
+echo 'THE LIFE OF THE PACKAGE WAS AS IT SHOULD BE'
