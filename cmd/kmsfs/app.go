@@ -29,6 +29,7 @@ func newApp(u *ui) *cli.App {
 			u.keygenCommand(), u.keyCommand(),
 			u.sealCommand(), u.unsealCommand(), u.inspectCommand(), u.verifyCommand(),
 			u.mountCommand(), u.umountCommand(), u.statusCommand(),
+			u.policyCommand(), u.auditCommand(),
 			u.doctorCommand(), u.systemdCommand(), u.completionCommand(), u.versionCommand(), u.manualCommand(),
 		},
 	}
@@ -51,7 +52,7 @@ func (u *ui) prepare(cmd *cli.Command) {
 	if cmd.Subcommands != nil {
 		subs := cmd.Subcommands
 		cmd.Action = func(c *cli.Context) error { return unknownVerb(c, subs) }
-	} else if !cmd.SkipFlagParsing {
+	} else if !cmd.SkipFlagParsing && cmd.Before == nil {
 		cmd.Before = func(c *cli.Context) error { return u.flagsFirst(c) }
 	}
 	for _, sub := range cmd.Subcommands {

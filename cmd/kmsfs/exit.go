@@ -31,6 +31,8 @@ const (
 	exitTimeout     = 43
 	exitUnhealthy   = 44
 	exitPartial     = 50
+	exitRefused     = 51
+	exitAudit       = 52
 	exitInterrupted = 130
 )
 
@@ -65,6 +67,8 @@ func exitCodes() []exitCode {
 		{exitTimeout, "timeout", "it was not done in time"},
 		{exitUnhealthy, "unhealthy", "doctor or status found something wrong"},
 		{exitPartial, "partial", "some of the files failed; each was named"},
+		{exitRefused, "refused", "policy test: the caller may not open the file"},
+		{exitAudit, "audit-damaged", "audit: the log is not what was written"},
 		{exitInterrupted, "interrupted", "stopped by SIGINT or SIGTERM"},
 	}
 }

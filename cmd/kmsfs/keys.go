@@ -81,7 +81,8 @@ func newBackend(scheme string, cfg *config.Config, arena *secmem.Arena, log *slo
 	case strings.TrimSuffix(hsm.Scheme, ":"):
 		p := cfg.PKCS11
 		b, err := hsm.New(hsm.Options{
-			Arena: arena, Module: p.Module, Env: p.Env, PINFile: p.PINFile, Sessions: p.Sessions, Timeout: p.Timeout, Log: log,
+			Arena: arena, Module: p.Module, Env: p.Env, PINFile: p.PINFile, Sessions: p.Sessions, Timeout: p.Timeout,
+			StampDir: runtimeDir(), Log: log,
 		})
 		if errors.Is(err, hsm.ErrNoCgo) {
 			err = fmt.Errorf("%w: %w", errNoKeyService, err)

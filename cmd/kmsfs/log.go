@@ -17,13 +17,15 @@ func newLog(w io.Writer) *slog.Logger {
 	if !toJournal(w) {
 		return slog.New(slog.NewTextHandler(w, nil))
 	}
-	dropTime := func(groups []string, a slog.Attr) slog.Attr {
-		if len(groups) == 0 && a.Key == slog.TimeKey {
-			return slog.Attr{}
-		}
-		return a
-	}
 	return slog.New(slog.NewTextHandler(priorityWriter{w}, &slog.HandlerOptions{ReplaceAttr: dropTime}))
+}
+
+// dropTime leaves the time to the journal.
+func dropTime(groups []string, a slog.Attr) slog.Attr {
+	if len(groups) == 0 && a.Key == slog.TimeKey {
+		return slog.Attr{}
+	}
+	return a
 }
 
 // toJournal reports whether w is the stream that systemd connected to the

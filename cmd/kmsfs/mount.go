@@ -43,6 +43,7 @@ func (u *ui) mountCommand() *cli.Command {
 			&cli.StringSliceFlag{Name: "key", Usage: "do without a configuration: `URI` of the key; may be repeated"},
 			&cli.StringFlag{Name: "tree", Usage: "with --key: `NAME` of the tree (default: the base name of SOURCE)"},
 			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: 60s under systemd, else 0s)"},
+			&cli.BoolFlag{Name: "learn", Usage: "let owner and mode alone decide, and record what the rules would have refused"},
 		},
 		Action: u.mount,
 	}
@@ -62,7 +63,7 @@ func (u *ui) mount(c *cli.Context) error {
 	if err := secmem.Harden(); err != nil {
 		return fmt.Errorf("harden the process: %w", err)
 	}
-	d := &served{cfg: cfg, name: name, log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{})}
+	d := &served{cfg: cfg, name: name, learn: c.Bool("learn"), log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{})}
 	defer d.close()
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
@@ -176,6 +177,7 @@ func restartTuned(args []string) error {
 type served struct {
 	cfg   *config.Config
 	name  string
+	learn bool
 	log   *slog.Logger
 	since time.Time
 
@@ -208,6 +210,9 @@ func (d *served) prepare() error {
 	}
 	for _, w := range d.policy.Warnings() {
 		d.warn(w)
+	}
+	if err := d.learning(); err != nil {
+		return err
 	}
 	if d.lock, err = lockTree(d.name); err != nil {
 		return err
@@ -449,7 +454,7 @@ func (d *served) Revoke(wait time.Duration) (err error) {
 func (d *served) Status() control.Status {
 	s := control.Status{
 		Name: d.cfg.Name, Config: d.cfg.File, Source: d.cfg.Source, Mountpoint: d.cfg.Mountpoint,
-		PID: os.Getpid(), Version: version, State: "serving", Since: d.since,
+		PID: os.Getpid(), Version: version, State: "serving", Since: d.since, Learning: d.learn,
 		Open: []control.Open{}, Keys: []control.Key{}, Warnings: append([]string{}, d.warnings...),
 	}
 	if d.revoking.Load() {

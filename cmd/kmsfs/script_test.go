@@ -51,8 +51,15 @@ func TestScripts(t *testing.T) {
 			env.Setenv("KMSFS_CONFIG_DIR", filepath.Join(env.WorkDir, "etc"))
 			env.Setenv("KMSFS_RUNTIME_DIR", filepath.Join(env.WorkDir, "run"))
 			env.Setenv("NOTIFY_SOCKET", "")
+			env.Values[kmsKey{}] = new(kmsOf)
 			env.Defer(func() { unmountBelow(t, env.WorkDir) })
 			return os.MkdirAll(filepath.Join(env.WorkDir, "etc"), 0o755)
+		},
+		Condition: func(name string) (bool, error) {
+			if name != "modules" {
+				return false, fmt.Errorf("unknown condition %s", name)
+			}
+			return canLoadModules(), nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits":     exits,
@@ -61,8 +68,24 @@ func TestScripts(t *testing.T) {
 			"signal":    signalTo,
 			"attr":      attr,
 			"nofile":    nofile,
+			"kms":       kms,
+			"softhsm":   softhsm,
 		},
 	})
+}
+
+// canLoadModules is false in a build without cgo, which must say so.
+func canLoadModules() bool {
+	arena, err := newArena(1<<20, 1<<20)
+	if err != nil {
+		return true
+	}
+	defer arena.Close()
+	b, err := hsm.New(hsm.Options{Arena: arena})
+	if err == nil {
+		b.Close()
+	}
+	return !errors.Is(err, hsm.ErrNoCgo)
 }
 
 // unmountBelow finds what a script left mounted.

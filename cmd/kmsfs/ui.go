@@ -157,6 +157,8 @@ func classify(err error) (code int, hint string) {
 	case is(secmem.ErrFull):
 		return exitMemory, "raise max_memory in [plaintext] of the configuration"
 
+	case is(errDamagedLog):
+		return exitAudit, ""
 	case is(errUnhealthy):
 		return exitUnhealthy, ""
 	case is(errNotMounted), is(control.ErrNoDaemon):

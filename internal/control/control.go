@@ -23,6 +23,7 @@ type Status struct {
 	Version    string    `json:"version"`
 	State      string    `json:"state"` // "serving", "revoking"
 	Since      time.Time `json:"since"`
+	Learning   bool      `json:"learning"` // the rules refuse nothing
 	Open       []Open    `json:"open"`
 	Cache      Cache     `json:"cache"`
 	Memory     Memory    `json:"memory"`
