@@ -143,7 +143,11 @@ func printStatus(w io.Writer, s *control.Status, now time.Time) {
 	line := func(label, format string, args ...any) {
 		fmt.Fprintf(w, "  %-9s  %s\n", label, fmt.Sprintf(format, args...))
 	}
-	fmt.Fprintf(w, "%s: %s at %s\n", s.Name, s.State, s.Mountpoint)
+	state := s.State
+	if s.Learning {
+		state += ", learning"
+	}
+	fmt.Fprintf(w, "%s: %s at %s\n", s.Name, state, s.Mountpoint)
 	line("source", "%s", s.Source)
 	if s.Config != "" {
 		line("config", "%s", s.Config)

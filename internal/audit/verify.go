@@ -11,23 +11,24 @@ import (
 
 // A Problem is a place where the log is not what was written.
 type Problem struct {
-	File string
-	Line int
-	Text string
+	File string `json:"file"`
+	Line int    `json:"line"`
+	Text string `json:"text"`
 }
 
 func (p Problem) String() string { return fmt.Sprintf("%s:%d: %s", p.File, p.Line, p.Text) }
 
 // A Report is what Verify found.
 type Report struct {
-	Files       []string
-	Records     uint64
-	First, Last uint64    // sequence numbers
-	Head        Head      // of the head file; zero when there is none
-	Problems    []Problem // in the order of the files, the first maxProblems of them
-	More        int       // further ones
-	Recovered   []Problem // lines torn by the end of a process and closed by the next: no harm
-	Torn        int       // bytes of an unfinished last line, being written now or torn
+	Files     []string  `json:"files"`
+	Records   uint64    `json:"records"`
+	First     uint64    `json:"first"` // sequence number
+	Last      uint64    `json:"last"`
+	Head      Head      `json:"head"`                // of the head file; zero when there is none
+	Problems  []Problem `json:"problems,omitempty"`  // in the order of the files, the first maxProblems of them
+	More      int       `json:"more,omitempty"`      // further ones
+	Recovered []Problem `json:"recovered,omitempty"` // lines torn by the end of a process and closed by the next: no harm
+	Torn      int       `json:"torn,omitempty"`      // bytes of an unfinished last line, being written now or torn
 }
 
 // OK reports whether nothing was changed, as far as the chain and the heads can tell.
