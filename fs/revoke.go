@@ -113,11 +113,6 @@ func (f *tree) drain() bool {
 // invalidate drops every page with plaintext from the kernel. What nobody has open is
 // overwritten before. Who has a file open must not read zeros: he gets an error.
 func (f *tree) invalidate(drained bool) error {
-	select {
-	case <-f.served: // nobody listens any more
-		return nil
-	default:
-	}
 	server := f.server.Load()
 	var held, free []*node
 	for _, n := range f.table.all(func(n *node) bool { return n.pages.Load() }) {
@@ -136,11 +131,14 @@ func (f *tree) invalidate(drained bool) error {
 		for _, n := range free {
 			f.overwrite(n)
 		}
+		select {
+		case <-f.served: // others have aborted the connection
+			f.dropAborted(held, free)
+		default:
+		}
 	}()
 	select {
 	case <-ended:
-		return nil
-	case <-f.served:
 		return nil
 	case <-time.After(invalidateTimeout):
 		return fmt.Errorf("drop %d files from the page cache: %w", len(held)+len(free), context.DeadlineExceeded)

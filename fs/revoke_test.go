@@ -128,12 +128,18 @@ func TestUnmountByHand(t *testing.T) {
 }
 
 // TestAbortFromOutside: umount -f and the kernel's control files end the connection before
-// we can say anything to the kernel: what we hold is wiped, and the mount goes.
+// the server can say anything to the kernel. Nobody reads another byte all the same, what we
+// hold is wiped, and the mount goes.
 func TestAbortFromOutside(t *testing.T) {
 	for _, force := range []bool{true, false} {
 		w := newWorld(t)
 		w.fiveFiles()
+		w.seal("free", "text")
 		w.mount()
+		w.read("free", "text")
+		n := w.fs.t.table.at("free")
+		eventually(t, "the release", func() bool { return n.handles.Load() == 0 })
+		all := w.holders(2)
 		f, err := os.Open(w.at("f0"))
 		w.must(err)
 		if force {
@@ -146,6 +152,10 @@ func TestAbortFromOutside(t *testing.T) {
 			t.Errorf("reopened: %v", err)
 		}
 		_ = f.Close()
+		nobodyReads(t, all)
+		if got := w.fs.t.overwritten.Load(); got != 1 {
+			t.Errorf("the kernel overwrote the pages of %d files, want 1", got)
+		}
 	}
 }
 
