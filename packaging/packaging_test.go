@@ -335,6 +335,7 @@ func TestLife(t *testing.T) {
 		output(t, "/", "cp", deb, filepath.Join(bench, name+".deb"))
 		write(t, filepath.Join(bench, name+".version"), output(t, "/", "dpkg-deb", "-f", deb, "Version"))
 	}
+	output(t, "..", "go", "build", "-o", filepath.Join(bench, "kmsemu"), "./kmsclient/kmstest/cmd/kmsemu")
 	write(t, filepath.Join(root, "etc/systemd/system/lifecycle.service"), lifecycleUnit)
 	output(t, root, "mkdir", "-p", "var/log/journal", "etc/systemd/system/multi-user.target.wants")
 	output(t, root, "ln", "-s", "../lifecycle.service", "etc/systemd/system/multi-user.target.wants/")
@@ -369,6 +370,9 @@ func write(t *testing.T, file, text string) {
 	}
 }
 
+// inside is what the life of the package needs beyond Debian's minimum.
+const inside = "systemd,systemd-sysv,dbus,softhsm2,opensc"
+
 // debian is a fresh Debian 12. What debootstrap made is kept in the user's cache.
 func debian(t *testing.T) string {
 	t.Helper()
@@ -376,11 +380,11 @@ func debian(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept := filepath.Join(cache, "kmsfs-packaging", "bookworm")
+	kept := filepath.Join(cache, "kmsfs-packaging", "bookworm-"+strings.ReplaceAll(inside, ",", "-"))
 	if _, err := os.Stat(kept); err != nil {
 		fresh := kept + ".new"
 		output(t, "/", "rm", "-rf", fresh)
-		output(t, "/", "debootstrap", "--variant=minbase", "--include=systemd,systemd-sysv,dbus", "bookworm", fresh)
+		output(t, "/", "debootstrap", "--variant=minbase", "--include="+inside, "bookworm", fresh)
 		if err := os.Rename(fresh, kept); err != nil {
 			t.Fatal(err)
 		}

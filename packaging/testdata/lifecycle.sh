@@ -152,13 +152,73 @@ mount -t fuse.kmsfs nonsense /mnt/second || code=$?
 sed -i /fuse.kmsfs/d /etc/fstab
 systemctl daemon-reload
 
+step 'an HSM, with its PIN as a credential'
+module=$(ls /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so 2>/dev/null | head -1)
+softhsm2-util --init-token --free --label shop --so-pin 87654321 --pin 12345678
+pkcs11-tool --module "$module" --token-label shop --login --pin 12345678 --keygen --key-type AES:32 --label kmsfs --id 01 --sensitive >/dev/null
+mkdir /srv/hsm
+printf 'under an HSM' >/srv/hsm/file
+cat >/etc/kmsfs/hsm.toml <<END
+source = "/srv/hsm"
+keys   = ["pkcs11:token=shop;object=kmsfs;type=secret-key?module-path=$module&pin-source=credential:hsm-pin"]
+END
+(umask 077; printf 12345678 >/etc/kmsfs/hsm-pin)
+CREDENTIALS_DIRECTORY=/etc/kmsfs kmsfs seal -r /srv/hsm
+mkdir -p /etc/systemd/system/kmsfs@hsm.service.d
+printf '[Service]\nLoadCredential=hsm-pin:/etc/kmsfs/hsm-pin\n' >/etc/systemd/system/kmsfs@hsm.service.d/pin.conf
+systemctl daemon-reload
+systemctl start kmsfs@hsm
+is "$(cat /srv/hsm/file)" 'under an HSM'
+systemctl stop kmsfs@hsm
+
+step 'a wrong PIN is tried once, and the unit is not started again'
+printf 00000000 >/etc/kmsfs/hsm-pin
+code=0
+systemctl start kmsfs@hsm || code=$?
+[ $code != 0 ]
+is "$(prop kmsfs@hsm ExecMainStatus)" 21
+is "$(prop kmsfs@hsm ActiveState) $(prop kmsfs@hsm NRestarts)" 'failed 0'
+
+step 'a KMS that is late, with its credentials from systemd'
+systemd-run -q --unit=kmsemu /root/test/kmsemu -dir /root/emulator -quiet
+await test -s /root/emulator/environment
+mkdir /srv/kms
+printf 'under a KMS' >/srv/kms/file
+started() { journalctl -b -u kmsemu --no-pager -o cat | grep -q 'is ready'; }
+await started
+journalctl -b -u kmsemu --no-pager -o cat | grep -E '^(keys|\[tencentkms\]|endpoint|ca_file)' >kms.part
+(echo 'source = "/srv/kms"'; cat kms.part) >/etc/kmsfs/kms.toml
+(
+	umask 077
+	. /root/emulator/environment
+	printf %s "$TENCENTCLOUD_SECRET_ID" >/etc/kmsfs/secret-id
+	printf %s "$TENCENTCLOUD_SECRET_KEY" >/etc/kmsfs/secret-key
+)
+(set -a; . /root/emulator/environment; kmsfs seal -r /srv/kms)
+systemctl stop kmsemu
+mkdir -p /etc/systemd/system/kmsfs@kms.service.d
+cat >/etc/systemd/system/kmsfs@kms.service.d/credentials.conf <<END
+[Service]
+LoadCredential=tencentcloud-secret-id:/etc/kmsfs/secret-id
+LoadCredential=tencentcloud-secret-key:/etc/kmsfs/secret-key
+END
+systemctl daemon-reload
+systemctl start --no-block kmsfs@kms
+waiting() { prop kmsfs@kms StatusText | grep -q 'waiting for a key service'; }
+await waiting
+is "$(prop kmsfs@kms ActiveState)" activating
+systemd-run -q --unit=kmsemu /root/test/kmsemu -dir /root/emulator -quiet
+await systemctl -q is-active kmsfs@kms
+is "$(cat /srv/kms/file)" 'under a KMS'
+systemctl stop kmsfs@kms kmsemu
+
 step 'stopping revokes, and stops the application before'
 systemctl start app
 systemctl stop kmsfs@shop
 is "$(prop app ActiveState)" inactive
 is "$(mounts)" ''
 refuses grep -q 'correct horse' /srv/shop/password
-refuses grep -rlE 'correct horse|by fstab' /run/kmsfs /var/log/kmsfs /var/log/journal
+refuses grep -rlE 'correct horse|by fstab|under an HSM|under a KMS|12345678' /run/kmsfs /var/log/kmsfs /var/log/journal
 
 step remove
 systemctl start app
