@@ -382,9 +382,18 @@ func debian(t *testing.T) string {
 	}
 	kept := filepath.Join(cache, "kmsfs-packaging", "bookworm-"+strings.ReplaceAll(inside, ",", "-"))
 	if _, err := os.Stat(kept); err != nil {
-		fresh := kept + ".new"
-		output(t, "/", "rm", "-rf", fresh)
+		if err := os.MkdirAll(filepath.Dir(kept), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		// Always a new one: a debootstrap that was killed may have left /proc mounted.
+		fresh, err := os.MkdirTemp(filepath.Dir(kept), "unfinished-")
+		if err != nil {
+			t.Fatal(err)
+		}
 		output(t, "/", "debootstrap", "--variant=minbase", "--include="+inside, "bookworm", fresh)
+		if err := os.Chmod(fresh, 0o755); err != nil {
+			t.Fatal(err)
+		}
 		if err := os.Rename(fresh, kept); err != nil {
 			t.Fatal(err)
 		}

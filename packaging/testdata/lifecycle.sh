@@ -162,17 +162,18 @@ cat >/etc/kmsfs/hsm.toml <<END
 source = "/srv/hsm"
 keys   = ["pkcs11:token=shop;object=kmsfs;type=secret-key?module-path=$module&pin-source=credential:hsm-pin"]
 END
-(umask 077; printf 12345678 >/etc/kmsfs/hsm-pin)
-CREDENTIALS_DIRECTORY=/etc/kmsfs kmsfs seal -r /srv/hsm
+(umask 077; printf 12345678 >/root/hsm-pin)
+CREDENTIALS_DIRECTORY=/root kmsfs seal -r /srv/hsm
+systemd-creds encrypt --name=hsm-pin /root/hsm-pin /etc/kmsfs/hsm-pin.cred
 mkdir -p /etc/systemd/system/kmsfs@hsm.service.d
-printf '[Service]\nLoadCredential=hsm-pin:/etc/kmsfs/hsm-pin\n' >/etc/systemd/system/kmsfs@hsm.service.d/pin.conf
+printf '[Service]\nLoadCredentialEncrypted=hsm-pin:/etc/kmsfs/hsm-pin.cred\n' >/etc/systemd/system/kmsfs@hsm.service.d/pin.conf
 systemctl daemon-reload
 systemctl start kmsfs@hsm
 is "$(cat /srv/hsm/file)" 'under an HSM'
 systemctl stop kmsfs@hsm
 
 step 'a wrong PIN is tried once, and the unit is not started again'
-printf 00000000 >/etc/kmsfs/hsm-pin
+printf 00000000 | systemd-creds encrypt --name=hsm-pin - /etc/kmsfs/hsm-pin.cred
 code=0
 systemctl start kmsfs@hsm || code=$?
 [ $code != 0 ]
@@ -206,6 +207,7 @@ systemctl daemon-reload
 systemctl start --no-block kmsfs@kms
 waiting() { prop kmsfs@kms StatusText | grep -q 'waiting for a key service'; }
 await waiting
+prop kmsfs@kms StatusText
 is "$(prop kmsfs@kms ActiveState)" activating
 systemd-run -q --unit=kmsemu /root/test/kmsemu -dir /root/emulator -quiet
 await systemctl -q is-active kmsfs@kms
