@@ -456,7 +456,12 @@ func TestLinkIsSwitched(t *testing.T) {
 	if v, err := readVersion(w.at("d/f"), false); v != 1000 || err != nil {
 		t.Fatalf("version %d, %v", v, err)
 	}
+	w.write("v7/g", w.sealAs("v7/g", content(8)))
+	w.fs.t.watch.blind.Store(true) // it could be in time to help
 	w.must(os.Rename(filepath.Join(w.src, "d"), filepath.Join(w.src, "e")), os.Symlink("v7", filepath.Join(w.src, "d")))
+	if v, err := readVersion(w.at("d/g"), false); v != 8 || err != nil {
+		t.Fatalf("version %d, %v", v, err)
+	}
 	if v, err := readVersion(w.at("d/f"), false); v != 7 || err != nil {
 		t.Fatalf("version %d, %v", v, err)
 	}

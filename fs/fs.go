@@ -158,6 +158,7 @@ type tree struct {
 	log     reporter
 	pins    atomic.Int32
 
+	looks       atomic.Uint64 // at signalled callers that wait on
 	overwritten atomic.Uint64 // nodes whose pages the kernel has overwritten and dropped
 
 	server  atomic.Pointer[fuse.Server]
@@ -355,6 +356,9 @@ func (f *tree) ended() bool {
 // dead reports whether the kernel has ended the connection.
 func (f *tree) dead() bool {
 	dead := true // when we have closed it ourselves
+	if f.device == nil {
+		return true
+	}
 	conn, err := f.device.SyscallConn()
 	if err != nil {
 		return true

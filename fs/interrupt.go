@@ -88,6 +88,7 @@ func (w *wait) watch() {
 			w.end(context.Canceled)
 			return
 		}
+		w.f.looks.Add(1)
 		select {
 		case <-look.C:
 		case <-deadline.C:

@@ -24,7 +24,7 @@ const (
 	// a file that is no sealed one any more may be half-written.
 	freshFor = 2 * time.Second
 	// maxPins bounds the descriptors that fresh files cost.
-	maxPins = 64
+	maxPins = 256
 )
 
 // Lookup finds name in a directory. It reads the source only, never a key.
@@ -37,13 +37,20 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 		return fuse.Status(syscall.ESTALE)
 	}
 	watched := f.watch.add(dir.path)
-	n, err := f.find(path.Join(dir.path, name), true)
+	p := path.Join(dir.path, name)
+	if known := f.table.hold(p); known != nil {
+		defer f.unref(known.id, 1)
+	}
+	found, err := f.find(p, true)
 	if err != nil {
 		return f.lookupFailed(dir, name, err)
 	}
-	n, before := f.table.adopt(n)
+	n, before := f.table.adopt(found)
 	if before != nil {
 		f.drop(before)
+	}
+	if n != found {
+		f.unpin(found)
 	}
 	timeout := uint64(longTimeout)
 	if !watched {

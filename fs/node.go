@@ -212,6 +212,17 @@ func (t *table) at(path string) *node {
 	return t.current[path]
 }
 
+// hold is at, and counts a lookup, so that the node is not forgotten meanwhile.
+func (t *table) hold(path string) *node {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.current[path]
+	if n != nil {
+		n.lookups++
+	}
+	return n
+}
+
 // adopt counts one lookup of n, which may be new, and makes it the node of its
 // path. It returns the node to tell the kernel about, and the one n replaces.
 func (t *table) adopt(n *node) (now, before *node) {

@@ -276,10 +276,12 @@ func TestInterruptedOpens(t *testing.T) {
 	for _, sig := range []unix.Signal{unix.SIGURG, unix.SIGCHLD, unix.SIGWINCH} {
 		p.signal(tid, sig)
 	}
-	asked := func() bool { return strings.Contains(stacks(), "fs.(*wait).watch") }
-	eventually(t, "the open to be watched", asked)
+	looks := &w.fs.t.looks
+	eventually(t, "a look at the caller", func() bool { return looks.Load() > 0 })
 	late, lateTid := opening()
 	late.signal(lateTid, unix.SIGURG)
+	seen := looks.Load()
+	eventually(t, "looks at both callers", func() bool { return looks.Load() > seen+4 })
 	late.signal(lateTid, unix.SIGUSR1)
 	if got := late.line(); got != "EINTR" {
 		t.Errorf("SIGUSR1 after SIGURG: %s", got)
@@ -294,6 +296,30 @@ func TestInterruptedOpens(t *testing.T) {
 	if got := p.line(); got != "read 4 <nil>" {
 		t.Errorf("an open that was signalled: %s", got)
 	}
+}
+
+// TestWait: what ends the wait of an open, and with which error.
+func TestWait(t *testing.T) {
+	cancelled := make(chan struct{})
+	close(cancelled)
+	hour := time.Now().Add(time.Hour)
+	revoked := &tree{now: cancelled}
+	for want, w := range map[error]*wait{
+		context.DeadlineExceeded: {f: &tree{now: make(chan struct{})}, until: time.Now()},
+		store.ErrRevoked:         {f: revoked, until: hour},
+		context.Canceled:         {f: &tree{now: make(chan struct{})}, until: hour, cancel: cancelled},
+	} {
+		before(t, "the end", w.Done())
+		if err := w.Err(); !errors.Is(err, want) {
+			t.Errorf("%v, want %v", err, want)
+		}
+		w.stop()
+	}
+	idle := &wait{f: &tree{now: make(chan struct{})}, until: hour}
+	if err := idle.Err(); err != nil {
+		t.Error(err)
+	}
+	idle.stop()
 }
 
 func TestPendingSignals(t *testing.T) {
