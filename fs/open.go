@@ -187,6 +187,7 @@ func (f *tree) load(ctx context.Context, n *node, rule *matched) (*secmem.Buffer
 	if err != nil {
 		return nil, err
 	}
+	keyring.TraceFrom(ctx).File = n.path // for the record of the key operation
 	place := keyring.Context{"tree": f.o.Tree, "path": n.path}
 	return f.o.Opener.Open(ctx, bytes.NewReader(b), int64(len(b)), place, rule.Context)
 }

@@ -9,7 +9,7 @@ packages='
 	fuse3 age gocryptfs
 	softhsm2 opensc libnss3 libnss3-tools opencryptoki
 	nginx-light redis-server postgresql openssh-server openssh-client
-	python3 default-jdk-headless
+	python3 python3-prometheus-client default-jdk-headless
 '"$*"
 
 missing=

@@ -21,13 +21,15 @@ type ring struct {
 	keys    []keyring.Key
 	given   bool // on the command line, where every key seals
 	health  *keyring.Health
+	meter   *keyring.Meter
+	told    func(context.Context, keyring.Operation) // of each operation; nil: nobody
 	closers []io.Closer
 }
 
 // openRing makes the key services that cfg's keys need, and no other. Nothing is
 // asked of any of them yet.
 func openRing(cfg *config.Config, arena *secmem.Arena, log *slog.Logger) (*ring, error) {
-	r := &ring{given: cfg.File == "", health: keyring.NewHealth()}
+	r := &ring{given: cfg.File == "", health: keyring.NewHealth(), meter: keyring.NewMeter()}
 	backends := map[string]keyring.Backend{}
 	for i, uri := range cfg.Keys {
 		scheme, _, _ := strings.Cut(uri, ":")
@@ -44,11 +46,20 @@ func openRing(cfg *config.Config, arena *secmem.Arena, log *slog.Logger) (*ring,
 			if c, ok := b.(io.Closer); ok {
 				r.closers = append(r.closers, c)
 			}
-			backends[scheme] = keyring.Observe(patient(scheme, b, cfg), r.health)
+			backends[scheme] = keyring.Observe(patient(scheme, r.watched(b), cfg), r.health)
 		}
 		r.keys = append(r.keys, keyring.Key{URI: uri, Backend: backends[scheme]})
 	}
 	return r, nil
+}
+
+// watched counts and tells of what the key service is really asked.
+func (r *ring) watched(b keyring.Backend) keyring.Backend {
+	return keyring.Watch(keyring.Count(b, r.meter), func(ctx context.Context, o keyring.Operation) {
+		if r.told != nil {
+			r.told(ctx, o)
+		}
+	})
 }
 
 // badKey points to the key in the configuration, or on the command line.

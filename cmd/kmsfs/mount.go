@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -188,11 +190,15 @@ type served struct {
 	policy  *policy.Policy
 	caller  *caller.Reader
 	audit   *audit.Log
+	tally   tally
+	scraped net.Listener // for metrics; nil: on the control socket only
+	metrics *http.Server
 	control *control.Server
 	hold    interface{ Close() error } // keeps hibernation away; may be nil
 	fs      *fs.FS
 
 	revoking atomic.Bool
+	reason   atomic.Pointer[string] // why access ended
 	warnings []string
 	once     sync.Once
 	stopped  chan struct{} // closed when the mount is gone
@@ -238,6 +244,7 @@ func (d *served) prepare() error {
 	if d.audit, err = openAudit(d.cfg); err != nil {
 		return err
 	}
+	d.tally.log, d.ring.told = d.audit, d.recordKey
 	if d.control, err = control.Listen(socketPath(d.name)); err != nil {
 		if errors.Is(err, os.ErrExist) {
 			err = fmt.Errorf("%w: %w", errMounted, err)
@@ -245,7 +252,7 @@ func (d *served) prepare() error {
 		return err
 	}
 	d.holdHibernation()
-	return nil
+	return d.openMetrics()
 }
 
 // checkImplemented refuses what a configuration may say but this version does not do.
@@ -363,18 +370,17 @@ func (d *served) mount(ctx context.Context) error {
 		AllowOther: d.cfg.AllowOther, PageCache: p.PageCache, SealedOnly: d.cfg.SealedOnly, OpenTimeout: d.cfg.OpenTimeout,
 		Opener:    &sealed.Opener{Keys: d.ring.keys, Arena: d.arena, MaxFile: p.MaxFile},
 		Plaintext: store.Options{Arena: d.arena, TTL: p.TTL, StaleOK: p.StaleOK},
-		Policy:    d.policy, Caller: d.caller, Log: d.log,
-	}
-	if d.audit != nil {
-		o.Audit = d.audit
+		Policy:    d.policy, Caller: d.caller, Audit: &d.tally, Log: d.log,
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	var err error
 	if d.fs, err = fs.Mount(ctx, o); err != nil {
-		return mountError(err)
+		err = mountError(err)
+		d.record("mount", "", err)
+		return err
 	}
-	d.record("mount")
+	d.record("mount", map[bool]string{true: "learning"}[d.learn], nil)
 	return nil
 }
 
@@ -393,6 +399,7 @@ func mountError(err error) error {
 // ready tells everybody who waits for the mount.
 func (d *served) ready() {
 	d.control.Serve(d, d.log)
+	d.serveMetrics()
 	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
 	d.notify("READY=1\nSTATUS=serving " + d.cfg.Mountpoint)
 	go watchdog(socketPath(d.name), d.stopped)
@@ -410,6 +417,7 @@ func (d *served) wait(signals <-chan os.Signal) error {
 			d.heed(s)
 		case <-d.fs.Done():
 			if d.revoking.CompareAndSwap(false, true) {
+				d.because("unmounted from outside")
 				d.log.Info("unmounted from outside")
 				return d.Revoke(0)
 			}
@@ -427,6 +435,7 @@ func (d *served) heed(s os.Signal) {
 		d.log.Warn("second signal: not waiting any longer", "signal", s.String())
 		go func() { _ = d.Revoke(0) }()
 	default:
+		d.because("signal: " + s.String())
 		d.log.Info("revoking", "signal", s.String())
 		go func() { _ = d.Revoke(0) }()
 	}
@@ -436,6 +445,7 @@ func (d *served) heed(s os.Signal) {
 // others.
 func (d *served) Revoke(wait time.Duration) (err error) {
 	d.revoking.Store(true)
+	d.because("kmsfs umount")
 	d.notify("STOPPING=1\nSTATUS=revoking")
 	defer func() { d.once.Do(func() { d.result = err; close(d.stopped) }) }()
 	ctx, cancel := context.WithTimeout(context.Background(), max(wait, revokeTime))
@@ -477,24 +487,9 @@ func (d *served) Status() control.Status {
 			Cause: h.Cause, Latency: h.Latency, RequestID: h.RequestID,
 		})
 	}
-	if d.audit != nil {
-		s.AuditDrops = d.audit.Drops()
-	}
+	s.Opens, s.Audit = d.tally.counts(), d.auditStatus()
+	s.KeyOperations, s.LatencyBounds = d.keyOperations(), keyring.Buckets()
 	return s
-}
-
-// record puts the beginning and the end of the mount on record.
-func (d *served) record(event string) {
-	if d.audit == nil {
-		return
-	}
-	err := d.audit.Append(context.Background(), audit.Record{
-		Event: event, Tree: d.cfg.Name, Path: d.cfg.Mountpoint, UID: uint32(os.Getuid()), GID: uint32(os.Getgid()),
-		PID: os.Getpid(), Outcome: "allowed",
-	})
-	if err != nil {
-		d.log.Error("the audit log does not take records", "error", err)
-	}
 }
 
 // warn says it now, and again whenever status is asked.
@@ -513,8 +508,9 @@ func (d *served) notify(state string) {
 // close gives everything back, in the reverse order, as far as it came.
 func (d *served) close() {
 	if d.fs != nil {
-		d.record("revoke")
+		d.record("revoke", d.ending(), d.result)
 	}
+	d.closeMetrics()
 	if d.control != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os/user"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -161,8 +162,11 @@ func printStatus(w io.Writer, s *control.Status, now time.Time) {
 	line("cached", "%s, %d idle, %s", count(c.Entries, "file"), c.Idle, count(int(c.Bytes), "byte"))
 	line("opens", "%d decrypted, %d from memory, %d joined, %d failed", c.Loads, c.Hits, c.Joins, c.Failures)
 	line("memory", "%s locked, %s in use, %s allowed", config.FormatSize(s.Memory.Locked), config.FormatSize(s.Memory.Used), config.FormatSize(s.Memory.Limit))
-	if s.AuditDrops > 0 {
-		line("audit", "%d records were lost", s.AuditDrops)
+	for _, o := range s.Opens {
+		line("", "%s", openCount(o))
+	}
+	if text := auditState(s.Audit); text != "" {
+		line("audit", "%s", text)
 	}
 	for _, text := range s.Warnings {
 		line("warning", "%s", text)
@@ -216,4 +220,38 @@ func ago(now, then time.Time) string {
 		return count(int(d.Hours()), "hour")
 	}
 	return count(int(d.Hours()/24), "day")
+}
+
+// openCount is one kind of opens: "3 denied (EACCES)".
+func openCount(o control.Opens) string {
+	text := fmt.Sprintf("%d %s", o.Count, o.Outcome)
+	if o.Errno != "" {
+		text += " (" + o.Errno + ")"
+	}
+	if o.Cached {
+		text += " from memory"
+	}
+	return text
+}
+
+// auditState says where records go, and what is wrong with that.
+func auditState(a control.Audit) string {
+	where := a.File
+	if a.Journal {
+		where = strings.TrimPrefix(where+" and the journal", " and ")
+	}
+	if where == "" {
+		return ""
+	}
+	text := fmt.Sprintf("%s in %s", count(int(a.Records), "record"), where)
+	if a.Drops > 0 {
+		text += fmt.Sprintf("; %d were LOST", a.Drops)
+	}
+	if a.JournalDrops > 0 {
+		text += fmt.Sprintf("; the journal lost %d", a.JournalDrops)
+	}
+	if a.Problem != "" {
+		text += "; FAILS: " + a.Problem
+	}
+	return text
 }

@@ -45,9 +45,10 @@ import (
 
 // A Record is one line. It never holds content, keys or credentials.
 type Record struct {
-	Time      time.Time     `json:"time"`  // set by Append
-	Seq       uint64        `json:"seq"`   // set by Append
-	Event     string        `json:"event"` // "open", "key", "mount", "revoke", …; "audit" is the log's own
+	Time      time.Time     `json:"time"`         // set by Append
+	Seq       uint64        `json:"seq"`          // set by Append
+	Event     string        `json:"event"`        // "open", "key", "mount", "revoke", "reload"; "audit" is the log's own
+	Op        string        `json:"op,omitempty"` // of a key event: "unwrap", "probe" and so on
 	Tree      string        `json:"tree,omitempty"`
 	Path      string        `json:"path,omitempty"`
 	Digest    string        `json:"digest,omitempty"` // of the sealed file, sha256:hex
@@ -60,8 +61,9 @@ type Record struct {
 	Container string        `json:"container,omitempty"`
 	Rule      string        `json:"rule,omitempty"`
 	Reason    string        `json:"reason,omitempty"`
-	Outcome   string        `json:"outcome"`         // "allowed", "denied", "failed", "stale"
+	Outcome   string        `json:"outcome"`         // of an open "allowed", "denied", "failed" or "stale"; else "ok" or what went wrong
 	Errno     string        `json:"errno,omitempty"` // "EACCES"
+	Code      string        `json:"code,omitempty"`  // of the key service's refusal, in its words
 	CMK       string        `json:"cmk,omitempty"`
 	RequestID string        `json:"request_id,omitempty"`
 	Cached    bool          `json:"cached,omitempty"`

@@ -17,16 +17,17 @@ type sameOpen struct {
 	pid                    int
 	exe, comm, unit, rule  string
 	reason, container, cmk string
+	requestID              string
 }
 
 // foldable reports whether repetitions of r may become one record: only opens that were
 // allowed and cost no key operation, never a denial or a failure.
 func foldable(r *Record) bool {
-	return r.Event == "open" && r.Outcome == "allowed" && r.Cached && r.Errno == "" && r.RequestID == ""
+	return r.Event == "open" && r.Outcome == "allowed" && r.Cached && r.Errno == ""
 }
 
 func identity(r *Record) sameOpen {
-	return sameOpen{r.Tree, r.Path, r.Digest, r.UID, r.GID, r.PID, r.Exe, r.Comm, r.Unit, r.Rule, r.Reason, r.Container, r.CMK}
+	return sameOpen{r.Tree, r.Path, r.Digest, r.UID, r.GID, r.PID, r.Exe, r.Comm, r.Unit, r.Rule, r.Reason, r.Container, r.CMK, r.RequestID}
 }
 
 // A folding collects the repetitions of opens already on record.

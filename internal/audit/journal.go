@@ -124,6 +124,7 @@ func message(e Entry, p sd.Priority) journalEntry {
 		"KMSFS_TREE": e.Tree, "KMSFS_PATH": e.Path, "KMSFS_DIGEST": e.Digest, "KMSFS_EXE": e.Exe, "KMSFS_COMM": e.Comm,
 		"KMSFS_UNIT": e.Unit, "KMSFS_CONTAINER": e.Container, "KMSFS_RULE": e.Rule, "KMSFS_REASON": e.Reason,
 		"KMSFS_ERRNO": e.Errno, "KMSFS_CMK": e.CMK, "KMSFS_REQUEST_ID": e.RequestID,
+		"KMSFS_OP": e.Op, "KMSFS_CODE": e.Code,
 	} {
 		if value != "" {
 			f[name] = value
@@ -145,6 +146,12 @@ func message(e Entry, p sd.Priority) journalEntry {
 func sentence(e Entry) string {
 	var b strings.Builder
 	b.WriteString(e.Event)
+	if e.Op != "" {
+		fmt.Fprintf(&b, " %s", e.Op)
+	}
+	if e.CMK != "" && e.Event == "key" {
+		fmt.Fprintf(&b, " with %s", e.CMK)
+	}
 	if e.Path != "" {
 		fmt.Fprintf(&b, " of %s", strconv.Quote(e.Path))
 	}
@@ -167,13 +174,13 @@ func sentence(e Entry) string {
 	return b.String()
 }
 
-// priority is informational for what went well.
+// priority is informational for what went well, and for who gave up by himself.
 func priority(r Record) sd.Priority {
 	switch r.Outcome {
-	case "denied", "failed", "lost", "damaged", "recovered":
-		return sd.PriWarning
+	case "allowed", "ok", "cancelled":
+		return sd.PriInfo
 	}
-	return sd.PriInfo
+	return sd.PriWarning
 }
 
 func headMessage(log string, h Head) journalEntry {

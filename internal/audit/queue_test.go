@@ -19,7 +19,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 
 func cachedOpen() Record {
 	r := sample(0)
-	r.Cached, r.RequestID = true, ""
+	r.Cached, r.RequestID = true, "of-the-decryption"
 	return r
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/user"
 	"path"
@@ -49,6 +50,7 @@ func (d *document) check(t *text) (*Config, error) {
 	}
 	c.onChange(d.OnChange, &cfg.OnChange)
 	c.audit(d.Audit, &cfg.Audit)
+	c.metrics(d.Metrics, &cfg.Metrics)
 	c.outside(cfg)
 	if len(c.problems) > 0 {
 		slices.SortStableFunc(c.problems, func(a, b Problem) int {
@@ -364,6 +366,21 @@ func (c *checker) audit(d auditTable, a *Audit) {
 	}
 	if a.Required && a.File == "" && !a.Journal {
 		c.bad("audit.required", `set file = "/var/log/kmsfs/….jsonl" or journal = true`, "audit is required, but goes nowhere")
+	}
+}
+
+func (c *checker) metrics(d metricsTable, m *Metrics) {
+	m.Listen = d.Listen
+	if d.Listen == "" {
+		return
+	}
+	const hint = `write "127.0.0.1:9464" or "[::1]:9464"`
+	addr, err := netip.ParseAddrPort(d.Listen)
+	switch {
+	case err != nil || addr.Port() == 0:
+		c.bad("metrics.listen", hint, "%q is not an address with a port", d.Listen)
+	case !addr.Addr().IsLoopback():
+		c.bad("metrics.listen", hint, "metrics are for this machine: %s is not a loopback address", addr.Addr())
 	}
 }
 

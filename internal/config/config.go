@@ -31,6 +31,7 @@ type Config struct {
 	Groups     []Group
 	OnChange   OnChange
 	Audit      Audit
+	Metrics    Metrics
 
 	doc *text // for Problem
 }
@@ -77,6 +78,11 @@ type Audit struct {
 	File     string
 	Journal  bool
 	Required bool
+}
+
+// Metrics is the [metrics] table.
+type Metrics struct {
+	Listen string // loopback address and port; "": metrics are on the control socket only
 }
 
 // What a configuration that says nothing means.

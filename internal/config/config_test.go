@@ -126,6 +126,9 @@ run = ["systemctl", "reload", "shop.service"]
 file = "/var/log/kmsfs/shop.jsonl"
 journal = false
 required = true
+
+[metrics]
+listen = "[::1]:9464"
 `)
 	cfg, err := Parse("/etc/kmsfs/shop.toml", []byte(data))
 	if err != nil {
@@ -146,6 +149,7 @@ required = true
 		"top":        cfg.Deny && cfg.SealedOnly && !cfg.AllowOther && cfg.Lazy && cfg.AllowHibernation && cfg.OpenTimeout == 3*time.Second,
 		"plaintext":  cfg.Plaintext == Plaintext{TTL: time.Minute, StaleOK: time.Hour, MaxMemory: 8 << 20, MaxFile: 512 << 10},
 		"tencentkms": cfg.TencentKMS == TencentKMS{"kms.internal.example", ca, "127.0.0.1:8443", "http://127.0.0.1:8080", 50},
+		"metrics":    cfg.Metrics.Listen == "[::1]:9464",
 		"pkcs11": cfg.PKCS11.Module == ca && cfg.PKCS11.PINFile == "/run/pin" && cfg.PKCS11.Env["SOFTHSM2_CONF"] == "/etc/softhsm2.conf" &&
 			cfg.PKCS11.Sessions == 2 && cfg.PKCS11.Timeout == 2*time.Second,
 		"rule": r.Path == "tls/*.key" && *r.Owner == uint32(uid) && *r.Group == 12345 && *r.Mode == 0o440 &&

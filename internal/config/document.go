@@ -23,6 +23,7 @@ type document struct {
 	Groups     []groupTable    `toml:"group"`
 	OnChange   onChangeTable   `toml:"on_change"`
 	Audit      auditTable      `toml:"audit"`
+	Metrics    metricsTable    `toml:"metrics"`
 }
 
 type plaintextTable struct {
@@ -70,4 +71,8 @@ type auditTable struct {
 	File     string `toml:"file"`
 	Journal  *bool  `toml:"journal"`
 	Required bool   `toml:"required"`
+}
+
+type metricsTable struct {
+	Listen string `toml:"listen"`
 }

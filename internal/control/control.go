@@ -25,11 +25,16 @@ type Status struct {
 	Since      time.Time `json:"since"`
 	Learning   bool      `json:"learning"` // the rules refuse nothing
 	Open       []Open    `json:"open"`
+	Opens      []Opens   `json:"opens"`
 	Cache      Cache     `json:"cache"`
 	Memory     Memory    `json:"memory"`
 	Keys       []Key     `json:"keys"`
-	AuditDrops uint64    `json:"audit_drops"`
-	Warnings   []string  `json:"warnings"`
+	Audit      Audit     `json:"audit"`
+
+	KeyOperations []KeyOperations `json:"key_operations"`
+	LatencyBounds []time.Duration `json:"latency_bounds_ns"` // of the buckets of KeyOperations, but the last
+
+	Warnings []string `json:"warnings"`
 }
 
 // Open is one open file.
@@ -72,4 +77,33 @@ type Key struct {
 	Cause       string        `json:"cause,omitempty"` // of the last failure
 	Latency     time.Duration `json:"latency_ns"`      // of the last call
 	RequestID   string        `json:"request_id,omitempty"`
+}
+
+// Opens counts opens that ended alike.
+type Opens struct {
+	Outcome string `json:"outcome"` // as in audit records
+	Errno   string `json:"errno,omitempty"`
+	Cached  bool   `json:"cached"` // needed no key operation
+	Count   uint64 `json:"count"`
+}
+
+// KeyOperations counts operations that a key service was asked for and that ended alike.
+type KeyOperations struct {
+	Key     string        `json:"key"`
+	Op      string        `json:"op"`
+	Code    string        `json:"code"` // "ok", or what went wrong
+	Count   uint64        `json:"count"`
+	Latency []uint64      `json:"latency"` // by bucket, one more than there are bounds
+	Sum     time.Duration `json:"sum_ns"`
+}
+
+// Audit is how the audit log is.
+type Audit struct {
+	File         string `json:"file,omitempty"`
+	Journal      bool   `json:"journal"`
+	Required     bool   `json:"required"`
+	Records      uint64 `json:"records"` // number of the last one
+	Drops        uint64 `json:"drops"`
+	JournalDrops uint64 `json:"journal_drops"`
+	Problem      string `json:"problem,omitempty"` // why the last record could not be kept
 }

@@ -65,6 +65,7 @@ func (s *Server) Serve(d Daemon, log *slog.Logger) {
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(d.Status())
 	})
+	mux.Handle("GET /metrics", Metrics(d))
 	mux.HandleFunc("POST /revoke", func(w http.ResponseWriter, r *http.Request) {
 		wait, err := time.ParseDuration(r.URL.Query().Get("wait"))
 		if err != nil || wait < 0 {
@@ -81,6 +82,15 @@ func (s *Server) Serve(d Daemon, log *slog.Logger) {
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	go func() { _ = s.http.Serve(guarded{s.listener}) }()
+}
+
+// Metrics answers with the metrics of d, and with nothing else.
+func Metrics(d Daemon) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		s := d.Status()
+		w.Header().Set("Content-Type", MetricsType)
+		_ = s.WriteMetrics(w)
+	})
 }
 
 // Close lets answers under way be finished, and removes the socket.

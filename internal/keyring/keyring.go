@@ -5,10 +5,10 @@
 // A decorator is a Backend around a Backend. They make sense in one order, from
 // the outside in:
 //
-//	Breaker(Retry(Limit(Count(backend))))
+//	Breaker(Retry(Limit(Watch(Count(backend)))))
 //
 // so that a service known to be away is not waited for, every attempt waits its
-// turn, and what is counted is what the service was really asked.
+// turn, and what is counted and recorded is what the service was really asked.
 package keyring
 
 import (
@@ -84,6 +84,7 @@ var (
 // A Trace collects what a key operation is known by elsewhere. Hand one in with
 // [WithTrace]; decorators and backends fill it. It holds nothing secret.
 type Trace struct {
+	File      string        // what the operation is for; whoever asks may say it
 	Key       string        // URI of the CMK used
 	RequestID string        // of the last request the key service answered
 	Calls     int           // attempts, as [Retry] made them
