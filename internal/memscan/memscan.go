@@ -165,13 +165,44 @@ func (s *Scanner) process(pid int) (Report, error) {
 			return Report{}, err
 		}
 	}
-	for i := range r.Hits {
-		r.Hits[i].Whole = r.Hits[i].Len == s.lengths[r.Hits[i].Marker]
-	}
+	s.judge(&r)
 	return r, nil
 }
 
-// maxRead bounds what is read of another process at once.
+// File searches a file, such as a core dump. An Addr is an offset in it, and no
+// hit has a mapping.
+func (s *Scanner) File(name string) (Report, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return Report{}, err
+	}
+	defer f.Close()
+	var r Report
+	buf := make([]byte, Piece-1+maxRead)
+	for tail := 0; ; {
+		n, err := io.ReadFull(f, buf[tail:])
+		s.search(&r, Mapping{}, buf[:tail+n], uint64(r.Bytes)-uint64(tail))
+		r.Bytes += int64(n)
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			break
+		}
+		if err != nil {
+			return Report{}, fmt.Errorf("search %s: %w", name, err)
+		}
+		tail = copy(buf, buf[len(buf)-(Piece-1):])
+	}
+	s.judge(&r)
+	return r, nil
+}
+
+// judge notes which hits are whole markers.
+func (s *Scanner) judge(r *Report) {
+	for i := range r.Hits {
+		r.Hits[i].Whole = r.Hits[i].Len == s.lengths[r.Hits[i].Marker]
+	}
+}
+
+// maxRead bounds what is read of another process, or a file, at once.
 const maxRead = 1 << 20
 
 func (s *Scanner) mapping(r *Report, m Mapping, mem, pagemap io.ReaderAt) error {

@@ -176,6 +176,34 @@ func TestFindsWholeCopiesAndPiecesAndWhereTheyAre(t *testing.T) {
 	}
 }
 
+func TestFindsWhatAFileHolds(t *testing.T) {
+	marker := make([]byte, markerLen)
+	fill(marker, 4)
+	s, err := memscan.New([][]byte{marker})
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := t.TempDir() + "/core"
+	const boundary = 1 << 20 // of what is read in one go
+	for _, at := range []int{0, 3, boundary - 4, boundary + 1, 2*boundary - markerLen/2, 3*boundary - markerLen} {
+		b := make([]byte, 3*boundary)
+		copy(b[at:], marker)
+		if err := os.WriteFile(name, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r, err := s.File(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(r.Hits) != 1 || !r.Hits[0].Whole || r.Hits[0].Addr != uint64(at) || r.Bytes != int64(len(b)) {
+			t.Errorf("with the marker at %d: %v", at, r)
+		}
+	}
+	if _, err := s.File(name + "s"); err == nil {
+		t.Error("no error for a file that is not there")
+	}
+}
+
 func TestShortMarkerIsRefused(t *testing.T) {
 	if _, err := memscan.New([][]byte{make([]byte, 7)}); err == nil {
 		t.Error("accepted")
