@@ -41,8 +41,8 @@ func daemon(uri string) int {
 	select {}
 }
 
-// TestWorkerDiesWithDaemon kills the daemon in a way it cannot notice, while the
-// module hangs: the worker must not stay behind, logged in.
+// TestWorkerDiesWithDaemon kills the daemon in a way it cannot notice: the worker
+// must not stay behind, logged in.
 func TestWorkerDiesWithDaemon(t *testing.T) {
 	t.Parallel()
 	f := newFaults(t, softHSM(t))

@@ -11,7 +11,7 @@
  *   poison         "HEX action": carried out when the input of C_Decrypt begins so
  *
  * Actions: segv, abort, exit, kill, hang (until the order is removed), garbage
- * (CKR_OK and wrong data), toomuch (claims more output than there was room), spam
+ * (CKR_OK and wrong data), slow, toomuch (claims more output than there was room), spam
  * (a lot on stderr, then goes on), rv=HEX.
  *
  *   tokenflags     HEX to or into CK_TOKEN_INFO.flags
@@ -92,6 +92,8 @@ static int obey(const char *name, const char *action, const char *path, ck_ulong
 	if (!strcmp(action, "hang"))
 		while (access(path, F_OK) == 0)
 			usleep(WAIT);
+	if (!strcmp(action, "slow"))
+		usleep(10 * WAIT);
 	if (!strcmp(action, "spam"))
 		for (int i = 0; i < 5000; i++)
 			fprintf(stderr, "module says %d times the same thing, and %0600d\n", i, i);
@@ -132,7 +134,7 @@ static int poisoned(const unsigned char *in, ck_ulong len, ck_ulong *rv) {
 		if (i >= len || in[i] != strtoul(hex, NULL, 16))
 			return 0;
 	}
-	return obey("C_Decrypt", action, path, rv);
+	return obey("poison", action, path, rv);
 }
 
 #define REAL(type, index) ((type)real->function[index])
@@ -282,9 +284,9 @@ static ck_ulong fault_encrypt(ck_ulong session, void *in, ck_ulong len, unsigned
 static ck_ulong fault_decrypt(ck_ulong session, unsigned char *in, ck_ulong len, unsigned char *out, ck_ulong *room) {
 	ck_ulong rv = OK;
 	enter();
-	int what = order("C_Decrypt", &rv);
+	int what = poisoned(in, len, &rv);
 	if (what == 0)
-		what = poisoned(in, len, &rv);
+		what = order("C_Decrypt", &rv);
 	if (what != 1) {
 		ck_ulong had = *room;
 		rv = REAL(ck_ulong (*)(ck_ulong, void *, ck_ulong, void *, ck_ulong *), 34)(session, in, len, out, room);
