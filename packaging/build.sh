@@ -44,8 +44,8 @@ done
 {
 	printf '%% kmsfs.toml 5 "%s" "kmsfs %s" "File formats"\n\n' "$day" "$VERSION"
 	printf '# NAME\n\nkmsfs.toml - what a mount of kmsfs shows, to whom, and by which keys\n\n'
-	printf '# SYNOPSIS\n\n_/etc/kmsfs/NAME.toml_\n\n'
-	packaging/manual.sed docs/config.md
+	printf '# SYNOPSIS\n\n_/etc/kmsfs/NAME.toml_\n\n# DESCRIPTION\n\n'
+	packaging/manual.awk docs/config.md
 	printf '\n# SEE ALSO\n\n**kmsfs**(8)\n'
 } >"$STAGE/kmsfs.toml.md"
 $go run github.com/cpuguy83/go-md2man/v2 -in "$STAGE/kmsfs.md" -out "$STAGE/kmsfs.8"

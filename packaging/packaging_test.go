@@ -273,12 +273,9 @@ func TestManualPages(t *testing.T) {
 // is read into.
 func configKeys(t *testing.T) []string {
 	t.Helper()
-	text, err := os.ReadFile("../internal/config/document.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := output(t, "..", "git", "show", "HEAD:internal/config/document.go")
 	var keys []string
-	for _, piece := range strings.Split(string(text), "`toml:\"")[1:] {
+	for _, piece := range strings.Split(text, "`toml:\"")[1:] {
 		key, _, _ := strings.Cut(piece, `"`)
 		keys = append(keys, key)
 	}

@@ -6,6 +6,7 @@ set -eEuo pipefail
 cd /root/test
 failed() {
 	trap - ERR
+	[ "$BASH_SUBSHELL" = 0 ] || exit 1
 	echo "FAILED at line $1: $2"
 	systemctl status --no-pager -l 'kmsfs@*' app || true
 	journalctl -b --no-pager -u 'kmsfs@*' -u app | grep -v ' open of ' | tail -40
