@@ -43,7 +43,7 @@ printf 'directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR
 (umask 077; od -An -N12 -tx1 /dev/urandom | tr -d ' \n' >"$work/pin")
 softhsm2-util --init-token --free --label shop --so-pin "$(cat "$work/pin")" --pin "$(cat "$work/pin")" >/dev/null
 pkcs11-tool --module "$module" --token-label shop --login --pin "$(cat "$work/pin")" \
-	--keygen --key-type AES:32 --label kmsfs --id 01 --sensitive >/dev/null
+	--keygen --key-type AES:32 --label kmsfs --id 01 --sensitive --private >/dev/null
 say pkcs11-tool --module "$module" --token-label shop --login --pin "$(cat "$work/pin")" --list-objects 2>&1 | sed "s/$(cat "$work/pin")/[pin]/"
 
 step 'A site as it is today: a configuration and a private key in clear'
