@@ -112,7 +112,7 @@ echo "on disk: $(head -c 21 "$site/tls/site.key") ..."
 
 step 'nginx cannot load the key again'
 if nginx -t -c "$site/nginx.conf" 2>"$work/run/test.log"; then fail 'nginx still found a usable configuration'; fi
-tail -1 "$work/run/test.log"
+grep -m1 emerg "$work/run/test.log"
 kill "$nginx_pid"; wait "$nginx_pid" || true
 nginx_pid=
 
