@@ -59,6 +59,8 @@ allow = ["exe:/usr/bin/cat"]
 [audit]
 file = "/var/log/kmsfs/shop.jsonl"
 END
+chown games /srv/shop/password
+chmod 600 /srv/shop/password # not root's: the daemon reads it all the same
 kmsfs seal -r /srv/shop
 refuses grep -rq 'correct horse' /srv/shop
 cp app.sh /usr/local/bin/
