@@ -89,6 +89,9 @@ func TestRevokeWithHolders(t *testing.T) {
 				t.Errorf("an open that waited: %s", got)
 			}
 			nobodyReads(t, all)
+			if n := w.fs.t.overwritten.Load(); n != 0 {
+				t.Errorf("the pages of %d files were overwritten that somebody had open", n)
+			}
 			if took > 10*time.Second { // a second when nothing else runs
 				t.Errorf("it took %v", took)
 			}
