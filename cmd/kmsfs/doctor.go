@@ -69,6 +69,9 @@ func report(w io.Writer, all []finding) error {
 
 func checkFuse() []finding {
 	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if errors.Is(err, os.ErrPermission) {
+		return []finding{{"bad", "/dev/fuse cannot be used by this user", "mount as root, or give /dev/fuse the mode 0666 it usually has"}}
+	}
 	if err != nil {
 		return []finding{{"bad", fmt.Sprintf("/dev/fuse cannot be used: %v", err), "modprobe fuse; in a container, pass the device in"}}
 	}
