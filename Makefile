@@ -8,7 +8,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 PKGS    ?= ./...
 TESTFLAGS ?=
 
-.PHONY: all build deps deps-vm test check race single nocgo bench demo vm clean
+.PHONY: all build deps deps-vm test check race single nocgo bench audit-long demo vm clean
 
 all: build
 
@@ -39,6 +39,9 @@ nocgo: ## build and test without cgo: the HSM half is a twin that says so
 bench: deps build ## ratios against tmpfs, gocryptfs and a bare backend call, in one run
 	$(GO) run ./internal/bench -kmsfs $(BIN)
 
+audit-long: ## tamper with the audit log 100,000 times, and kill its writer 200 times
+	$(GO) test -timeout 60m -count=1 ./internal/audit -run 'Tampering|Kill' -tamperings 100000 -kills 200
+
 demo: deps build ## nginx serves TLS from a sealed key, then access is revoked
 	./docs/demo/run.sh $(BIN)
 
@@ -64,3 +67,20 @@ deps-package:
 package-test: deps-package ## install, use, crash, upgrade, remove and purge the package in a container
 	$(GO) vet -tags packaging ./packaging
 	GO='$(GO)' $(GO) test -tags packaging -timeout 30m -count=1 -v ./packaging
+
+.PHONY: deps-boot vm-boot
+deps-boot:
+	./testdata/deps.sh qemu-system-x86 debootstrap e2fsprogs openssl
+
+vm-boot: deps-boot ## boot, reboot, crash and switch off a Debian 12 with nginx and PostgreSQL on sealed keys
+	$(GO) vet -tags vm ./internal/boot/...
+	$(GO) test -tags vm -timeout 40m -count=1 -v ./internal/boot
+
+# Proof
+.PHONY: proof soak
+
+proof: deps ## search the running daemon for 1,000 secrets over 10,000 opens of each backend, and a core of it
+	$(GO) test -timeout 60m -count=1 -v ./internal/proof -full
+
+soak: deps ## read one file in a loop while it expires, changes and is revoked 10,000 times
+	$(GO) test -timeout 240m -count=1 -v -run TestReaders ./internal/proof -rounds 10000

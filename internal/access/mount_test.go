@@ -67,7 +67,7 @@ func build() error {
 	if err := os.Mkdir(program("elsewhere"), 0o755); err != nil {
 		return err
 	}
-	for _, name := range []string{"reader", "elsewhere/reader", "launcher", "setuid", "setgid", "gone", "replaced", "replacement", "covered"} {
+	for _, name := range []string{"reader", "elsewhere/reader", "launcher", "setuid", "setgid", "covered"} {
 		if err := copyFile("/proc/self/exe", program(name)); err != nil {
 			return err
 		}

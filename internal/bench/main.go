@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -66,6 +67,9 @@ func run(kmsfs string, rounds int) (err error) {
 		return err
 	}
 	if err := s.cold(); err != nil {
+		return err
+	}
+	if err := s.audited(); err != nil {
 		return err
 	}
 
@@ -131,7 +135,7 @@ func (s *stage) set() ([]target, error) {
 	if err := fill(plain); err != nil {
 		return nil, err
 	}
-	ours, err := s.mountKMSFS("kmsfs", "5m")
+	ours, err := s.mountKMSFS("kmsfs", "5m", defaultAudit)
 	if err != nil {
 		return nil, err
 	}
@@ -142,8 +146,12 @@ func (s *stage) set() ([]target, error) {
 	return []target{{"tmpfs", plain}, {"kmsfs", ours}, {"gocryptfs", theirs}}, nil
 }
 
-// mountKMSFS seals the tree under a key file and mounts it from a configuration.
-func (s *stage) mountKMSFS(name, ttl string) (string, error) {
+// defaultAudit is the [audit] table of a tree that says no more than where.
+const defaultAudit = "file = %q\n"
+
+// mountKMSFS seals the tree under a key file and mounts it from a configuration. The
+// [audit] table gets the path of a log if it wants one.
+func (s *stage) mountKMSFS(name, ttl, audit string) (string, error) {
 	dir := filepath.Join(s.work, name)
 	src, mnt := filepath.Join(dir, "sealed"), filepath.Join(dir, "mnt")
 	for _, d := range []string{dir, src, mnt} {
@@ -155,8 +163,8 @@ func (s *stage) mountKMSFS(name, ttl string) (string, error) {
 		return "", err
 	}
 	key, conf := filepath.Join(dir, "cmk"), filepath.Join(dir, name+".toml")
-	text := fmt.Sprintf("source = %q\nmountpoint = %q\nkeys = [%q]\n\n[plaintext]\nttl = %q\n\n[audit]\nfile = %q\n",
-		src, mnt, "file:"+key, ttl, filepath.Join(dir, "audit.jsonl"))
+	text := fmt.Sprintf("source = %q\nmountpoint = %q\nkeys = [%q]\n\n[plaintext]\nttl = %q\n\n[audit]\n",
+		src, mnt, "file:"+key, ttl) + strings.Replace(audit, "%q", strconv.Quote(filepath.Join(dir, "audit.jsonl")), 1)
 	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 		return "", err
 	}
@@ -209,7 +217,7 @@ func (s *stage) strike() error {
 
 // cold measures the first open of each file against one bare call of the key backend.
 func (s *stage) cold() error {
-	mnt, err := s.mountKMSFS("cold", "5m")
+	mnt, err := s.mountKMSFS("cold", "5m", defaultAudit)
 	if err != nil {
 		return err
 	}
