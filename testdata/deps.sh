@@ -6,7 +6,7 @@ set -eu
 
 packages='
 	gcc libc6-dev git ca-certificates curl procps gdb
-	fuse3 age gocryptfs
+	fuse3 age gocryptfs logrotate
 	softhsm2 opensc libnss3 libnss3-tools opencryptoki
 	nginx-light redis-server postgresql openssh-server openssh-client
 	python3 python3-prometheus-client default-jdk-headless

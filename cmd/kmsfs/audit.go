@@ -340,23 +340,23 @@ func (a accounts) name(uid uint32) string {
 // recordLine writes a record for people. What a process chooses itself is quoted:
 // it could hold line ends and escape sequences.
 func recordLine(e *audit.Entry, names accounts) string {
-	words := []string{e.Time.Format("2006-01-02T15:04:05.000Z"), e.Event, e.Outcome}
+	words := []string{e.Time.Format("2006-01-02T15:04:05.000Z"), strings.TrimSpace(e.Event + " " + e.Op), e.Outcome}
 	add := func(format, value string) {
 		if value != "" {
 			words = append(words, fmt.Sprintf(format, value))
 		}
 	}
 	add("%s", e.Errno)
+	add("%s", safely(e.Code))
 	add("%q", e.Path)
 	add("by %s", byWhom(e, names))
 	add("exe %q", e.Exe)
 	add("comm %q", e.Comm)
 	add("unit %q", e.Unit)
 	add("container %q", e.Container)
-	add("%s", e.Rule)
-	add("(%s)", safely(e.Reason))
-	add("with %s", e.CMK)
-	add("RequestId %s", e.RequestID)
+	add("%s", why(e))
+	add("with %s", safely(e.CMK))
+	add("RequestId %s", safely(e.RequestID))
 	if e.Cached {
 		add("%s", "from memory")
 	}
@@ -378,6 +378,18 @@ func byWhom(e *audit.Entry, names accounts) string {
 		who += fmt.Sprintf(" pid %d", e.PID)
 	}
 	return who
+}
+
+// why is the rule that decided and its reason, or the reason alone.
+func why(e *audit.Entry) string {
+	text := safely(e.Reason)
+	if e.Rule != "" && text != "" {
+		text = ": " + text
+	}
+	if text = safely(e.Rule) + text; text == "" {
+		return ""
+	}
+	return "[" + text + "]"
 }
 
 // safely keeps what could drive a terminal out of a line.

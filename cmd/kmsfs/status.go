@@ -157,6 +157,9 @@ func printStatus(w io.Writer, s *control.Status, now time.Time) {
 	for _, k := range s.Keys {
 		line("key", "%s", k.URI)
 		line("", "%s", keyState(k, now))
+		if text := asked(s.KeyOperations, k.URI); text != "" {
+			line("", "%s", text)
+		}
 	}
 	c := s.Cache
 	line("cached", "%s, %d idle, %s", count(c.Entries, "file"), c.Idle, count(int(c.Bytes), "byte"))
@@ -220,6 +223,20 @@ func ago(now, then time.Time) string {
 		return count(int(d.Hours()), "hour")
 	}
 	return count(int(d.Hours()/24), "day")
+}
+
+// asked sums up what the service of a key was asked for, attempt by attempt.
+func asked(all []control.KeyOperations, key string) string {
+	var parts []string
+	for _, o := range all {
+		if o.Key == key && o.Count > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s %s in %s", o.Count, o.Op, o.Code, (o.Sum/time.Duration(o.Count)).Round(10*time.Microsecond)))
+		}
+	}
+	if len(parts) == 0 {
+		return ""
+	}
+	return "asked for " + strings.Join(parts, ", ") + " each"
 }
 
 // openCount is one kind of opens: "3 denied (EACCES)".
