@@ -97,9 +97,10 @@ func (c *cutter) object(depth int, parent []byte) error {
 			return nil
 		}
 		name, err := c.text()
-		if err != nil || bytes.IndexByte(name, '\\') >= 0 {
-			return errMalformed // an escaped name could spell anything
+		if err != nil {
+			return err
 		}
+		name = spelled(name)
 		c.space()
 		if !c.take(':') {
 			return errMalformed
@@ -223,6 +224,27 @@ func unescape(s []byte) ([]byte, error) {
 		n++
 	}
 	return s[:n], nil
+}
+
+// spelled returns a member name with its escapes resolved, as far as they are of
+// ASCII; what else they stand for cannot be part of a name that means something here.
+func spelled(name []byte) []byte {
+	if bytes.IndexByte(name, '\\') < 0 {
+		return name
+	}
+	out := make([]byte, 0, len(name))
+	for i := 0; i < len(name); i++ {
+		b := name[i]
+		if b == '\\' {
+			var width int
+			if b, width = escaped(name[i:]); width == 0 {
+				b, width = '?', 2
+			}
+			i += width - 1
+		}
+		out = append(out, b)
+	}
+	return out
 }
 
 // escaped returns the ASCII character an escape stands for and its width, or 0.

@@ -33,7 +33,10 @@ func TestCutPlaintext(t *testing.T) {
 		`{"Response":[{"Plaintext":"c2VjcmV0"}]}`:                                                                    "",
 		`{"a":{"Response":{"Plaintext":"c2VjcmV0"}}}`:                                                                "",
 		`{"Plaintext":"c2VjcmV0"}`:                                                                                   "",
-		`{"Response":{"Plainte\u0078t":"c2VjcmV0"}}`:                                                                 "",
+		`{"R\u0065sponse":{"\u672a":"Plaintext","Plainte\u0078t":"c2VjcmV0"}}`:                                       "secret",
+		`{"Response":{"x":{"Plainte\u0078t":"c2VjcmV0"}}}`:                                                           "",
+		`{"Response":{"Plaintext":"c2VjcmV0","Plainte\u0078t":"c2VjcmV0"}}`:                                          "",
+		`{"Response":{"Plaintext\":"c2VjcmV0"}}`:                                                                     "",
 		`{"Response":{,"Plaintext":"c2VjcmV0"}}`:                                                                     "",
 		`{"Response":{"Plaintext" "c2VjcmV0"}}`:                                                                      "",
 		`{"Response":{"Plaintext":"c2VjcmV0"}} x`:                                                                    "",
@@ -72,6 +75,7 @@ func FuzzCutPlaintext(f *testing.F) {
 		`{"Response":{"KeyId":"k","Plaintext":"c2VjcmV0","RequestId":"r"}}`,
 		`{"Response":{"plaintext":"\u0063\/VjcmV0"},"x":[1,"\\",{}]}`,
 		`{"Response":{"Plaintext":null}}`,
+		`{"Respons\u0065":{"\u672a\"":"","Pl\u0061intext":"c2VjcmV0"}}`,
 	} {
 		f.Add([]byte(s))
 	}
