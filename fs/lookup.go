@@ -265,7 +265,8 @@ func (f *tree) findFile(n *node, now time.Time, pinned bool) (*node, error) {
 	if cur != nil && cur.kind == sealedFile && cur.ver == n.ver && f.isSettled(cur) && cur.rewritten == (cur.rewritten && fresh) {
 		return cur, nil
 	}
-	hd, fd, err := f.header(n, now)
+	pinned = pinned && (cur != nil || fresh)
+	hd, fd, err := f.header(n, now, pinned)
 	if err != nil {
 		return nil, err
 	}
@@ -298,7 +299,7 @@ func (f *tree) findFile(n *node, now time.Time, pinned bool) (*node, error) {
 	if cur != nil && cur.ver == n.ver { // changed within one tick of the clock
 		f.retire(cur)
 	}
-	if pinned && fd >= 0 && (cur != nil || fresh) {
+	if pinned {
 		f.pinFor(n, fd)
 	}
 	return n, nil
@@ -403,11 +404,12 @@ func (h *headers) put(v version, hd header) {
 	h.known[v] = hd
 }
 
-// header says what n's file is. When it had to be read, n is brought up to the
-// file that was read, and a descriptor of it is returned for the caller to close, else -1.
-func (f *tree) header(n *node, now time.Time) (header, int, error) {
+// header says what n's file is. When it had to be read, or a descriptor is wanted, n is
+// brought up to the file that was read, and a descriptor of it is returned for the
+// caller to close, else -1.
+func (f *tree) header(n *node, now time.Time, wanted bool) (header, int, error) {
 	settled := n.ver.settledAt(now)
-	if hd, ok := f.headers.get(n.ver); ok && settled {
+	if hd, ok := f.headers.get(n.ver); ok && settled && !wanted {
 		return hd, -1, nil
 	}
 	fd, err := f.src.open(n.path, unix.O_RDONLY)
