@@ -44,11 +44,11 @@ func output(t *testing.T, dir string, args ...string) string {
 	return string(out)
 }
 
-// clone is the repository as committed, in a directory of its own.
-func clone(t *testing.T) string {
+// clone copies the repository at from, as committed.
+func clone(t *testing.T, from string) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "kmsfs")
-	output(t, "..", "git", "clone", "--quiet", "--no-hardlinks", ".", dir)
+	output(t, from, "git", "clone", "--quiet", "--no-hardlinks", ".", dir)
 	return dir
 }
 
@@ -67,18 +67,21 @@ func build(t *testing.T, dir string, env ...string) string {
 
 var built struct {
 	once sync.Once
-	dir  string
+	repo string // one commit, whatever happens meanwhile to the one we are in
+	dir  string // its packages
 }
 
 // packages builds once for all tests.
 func packages(t *testing.T) string {
 	t.Helper()
 	built.once.Do(func() {
-		dir, err := os.MkdirTemp("", "kmsfs-packages-")
-		if err != nil {
+		var err error
+		if built.repo, err = os.MkdirTemp("", "kmsfs-packages-"); err != nil {
 			t.Fatal(err)
 		}
-		output(t, "/", "cp", "-a", build(t, clone(t))+"/.", dir)
+		output(t, "..", "git", "clone", "--quiet", "--no-hardlinks", ".", built.repo)
+		dir := filepath.Join(built.repo, "dist")
+		output(t, "/", "cp", "-a", build(t, built.repo), dir)
 		built.dir = dir
 	})
 	if built.dir == "" {
@@ -89,8 +92,8 @@ func packages(t *testing.T) string {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if built.dir != "" {
-		os.RemoveAll(built.dir)
+	if built.repo != "" {
+		os.RemoveAll(built.repo)
 	}
 	os.Exit(code)
 }
@@ -108,7 +111,7 @@ func only(t *testing.T, dir, pattern string) string {
 func TestReproducible(t *testing.T) {
 	needs(t, "git", "gcc")
 	first := packages(t)
-	second := build(t, clone(t), "GOCACHE="+t.TempDir(), "TZ=Asia/Shanghai", "LC_ALL=C.UTF-8")
+	second := build(t, clone(t, built.repo), "GOCACHE="+t.TempDir(), "TZ=Asia/Shanghai", "LC_ALL=C.UTF-8")
 	for _, kind := range []string{"*.deb", "*.rpm"} {
 		a, b := only(t, first, kind), only(t, second, kind)
 		if filepath.Base(a) != filepath.Base(b) || sum(t, a) != sum(t, b) {
@@ -242,8 +245,8 @@ func TestExposure(t *testing.T) {
 
 func TestManualPages(t *testing.T) {
 	needs(t, "mandoc", "dpkg-deb")
-	root := t.TempDir()
-	output(t, "/", "dpkg-deb", "-x", only(t, packages(t), "*.deb"), root)
+	root, deb := t.TempDir(), only(t, packages(t), "*.deb")
+	output(t, "/", "dpkg-deb", "-x", deb, root)
 	for page, words := range map[string][]string{
 		"man8/kmsfs.8.gz":      {"NAME", "SYNOPSIS", "VERBS", "EXIT STATUS", "drop-in"},
 		"man5/kmsfs.toml.5.gz": append([]string{"NAME", "SYNOPSIS"}, configKeys(t)...),
@@ -273,7 +276,7 @@ func TestManualPages(t *testing.T) {
 // is read into.
 func configKeys(t *testing.T) []string {
 	t.Helper()
-	text := output(t, "..", "git", "show", "HEAD:internal/config/document.go")
+	text := output(t, built.repo, "git", "show", "HEAD:internal/config/document.go")
 	var keys []string
 	for _, piece := range strings.Split(text, "`toml:\"")[1:] {
 		key, _, _ := strings.Cut(piece, `"`)
@@ -325,14 +328,14 @@ func TestLife(t *testing.T) {
 	}
 	root := debian(t)
 	old := only(t, packages(t), "*.deb")
-	later := only(t, build(t, clone(t), "VERSION=9999"), "*.deb")
+	later := only(t, build(t, built.repo, "VERSION=9999"), "*.deb")
 	bench := filepath.Join(root, "root/test")
 	output(t, ".", "cp", "-r", "testdata", bench)
 	for name, deb := range map[string]string{"old": old, "new": later} {
 		output(t, "/", "cp", deb, filepath.Join(bench, name+".deb"))
 		write(t, filepath.Join(bench, name+".version"), output(t, "/", "dpkg-deb", "-f", deb, "Version"))
 	}
-	output(t, "..", "go", "build", "-o", filepath.Join(bench, "kmsemu"), "./kmsclient/kmstest/cmd/kmsemu")
+	output(t, built.repo, "go", "build", "-o", filepath.Join(bench, "kmsemu"), "./kmsclient/kmstest/cmd/kmsemu")
 	write(t, filepath.Join(root, "etc/systemd/system/lifecycle.service"), lifecycleUnit)
 	output(t, root, "mkdir", "-p", "var/log/journal", "etc/systemd/system/multi-user.target.wants")
 	output(t, root, "ln", "-s", "../lifecycle.service", "etc/systemd/system/multi-user.target.wants/")
