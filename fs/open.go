@@ -85,6 +85,9 @@ func (a *attempt) open(in *fuse.OpenIn) (*handle, error) {
 func (a *attempt) openSealed(rule *matched) (*handle, error) {
 	f, n := a.f, a.n
 	if !a.decision.Allow {
+		if n.digest.Load() == nil {
+			_, _ = f.readSealed(n) // for the record, once
+		}
 		return nil, errDenied
 	}
 	if !f.isCurrent(n) {
@@ -172,9 +175,20 @@ func (f *tree) isCurrent(n *node) bool {
 	return false
 }
 
-// load decrypts the file n stands for. What is read is read whole before it is
-// opened, so that a writer cannot come between header and payload.
+// load decrypts the file n stands for.
 func (f *tree) load(ctx context.Context, n *node, rule *matched) (*secmem.Buffer, error) {
+	b, err := f.readSealed(n)
+	if err != nil {
+		return nil, err
+	}
+	keyring.TraceFrom(ctx).File = n.path // for the record of the key operation
+	place := keyring.Context{"tree": f.o.Tree, "path": n.path}
+	return f.o.Opener.Open(ctx, bytes.NewReader(b), int64(len(b)), place, rule.Context)
+}
+
+// readSealed reads the sealed file n stands for whole, so that a writer cannot come
+// between header and payload.
+func (f *tree) readSealed(n *node) ([]byte, error) {
 	fd, pinned := n.pin.dup()
 	if !pinned {
 		var err error
@@ -183,13 +197,7 @@ func (f *tree) load(ctx context.Context, n *node, rule *matched) (*secmem.Buffer
 		}
 	}
 	defer unix.Close(fd)
-	b, err := f.readVersion(fd, n)
-	if err != nil {
-		return nil, err
-	}
-	keyring.TraceFrom(ctx).File = n.path // for the record of the key operation
-	place := keyring.Context{"tree": f.o.Tree, "path": n.path}
-	return f.o.Opener.Open(ctx, bytes.NewReader(b), int64(len(b)), place, rule.Context)
+	return f.readVersion(fd, n)
 }
 
 // readVersion reads the sealed file that fd refers to, or fails with errStale

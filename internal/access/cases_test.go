@@ -249,7 +249,7 @@ func TestWhoGetsIn(t *testing.T) {
 				opened = opened || o.want == "ok"
 			}
 			records := tr.records("open")[before:]
-			compareRecords(t, names[i], s, records)
+			compareRecords(t, names[i], "sha256:"+digest(t, filepath.Join(tr.src, names[i])), s, records)
 			decisions += len(records)
 			if asked := keyOperations(tr, names[i]); asked != b2i(opened) {
 				t.Errorf("%d key operations, want %d: one for the first open that is allowed, none for a denial", asked, b2i(opened))
@@ -266,7 +266,7 @@ func TestWhoGetsIn(t *testing.T) {
 }
 
 // compareRecords demands one record for each decision: not for what the kernel refused.
-func compareRecords(t *testing.T, path string, s scene, records []audit.Entry) {
+func compareRecords(t *testing.T, path, digest string, s scene, records []audit.Entry) {
 	t.Helper()
 	asked := slices.DeleteFunc(slices.Clone(s.opens), func(o open) bool { return o.want == "kernel" })
 	if len(records) != len(asked) {
@@ -278,7 +278,7 @@ func compareRecords(t *testing.T, path string, s scene, records []audit.Entry) {
 		if asked[i].want != "ok" {
 			outcome, no = "denied", asked[i].want
 		}
-		if r.Path != path || r.Outcome != outcome || r.Errno != no || r.PID == 0 || r.Rule == "" || r.Comm == "" {
+		if r.Path != path || r.Outcome != outcome || r.Errno != no || r.PID == 0 || r.Rule == "" || r.Comm == "" || r.Digest != digest {
 			t.Errorf("record %d is %+v; want %s of %s", i+1, r.Record, outcome, path)
 		}
 		if who := asked[i].who; who.attr == nil && who.UID != 0 && who.FSUID == 0 && r.UID != uint32(who.UID) {
