@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -153,9 +152,6 @@ func (s *session) deliver(plain *secmem.Buffer) error {
 
 // printable reports whether b is text that cannot play tricks on a terminal.
 func printable(b []byte) bool {
-	if bytes.IndexByte(b, 0) >= 0 {
-		return false
-	}
 	for len(b) > 0 {
 		r, n := utf8.DecodeRune(b)
 		if r == utf8.RuneError && n == 1 || unicode.IsControl(r) && r != '\n' && r != '\t' && r != '\r' {
