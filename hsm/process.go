@@ -160,9 +160,12 @@ func (p *process) reap() {
 	p.end("ended: "+p.exit, false)
 }
 
-// environment is what the configuration says and as little else as will do.
+// environment is what the configuration says and as little else as will do. A signal
+// that preempts a thread would make the kernel save its vector registers, and a file
+// key with them, on a stack that nobody clears; freed heap would keep what it held.
 func environment(extra map[string]string) []string {
-	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"}
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8",
+		"GODEBUG=asyncpreemptoff=1,clobberfree=1", "GOTRACEBACK=single"}
 	for name, value := range extra {
 		env = append(env, name+"="+value)
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -400,11 +401,15 @@ func TestWorkerGetsOnlyWhatItNeeds(t *testing.T) {
 		}
 		return string(text)
 	}
-	for variable := range strings.SplitSeq(strings.Trim(read("environ"), "\x00"), "\x00") {
+	environ := strings.Trim(read("environ"), "\x00")
+	for variable := range strings.SplitSeq(environ, "\x00") {
 		name, _, _ := strings.Cut(variable, "=")
-		if _, configured := f.env[name]; !configured && name != "PATH" && name != "LC_ALL" {
+		if _, configured := f.env[name]; !configured && !slices.Contains([]string{"PATH", "LC_ALL", "GODEBUG", "GOTRACEBACK"}, name) {
 			t.Errorf("the worker has %s", variable)
 		}
+	}
+	if !strings.Contains(environ, "GODEBUG=asyncpreemptoff=1") {
+		t.Error("signals may save the worker's registers")
 	}
 	if cmdline := read("cmdline"); !strings.HasSuffix(cmdline, "\x00"+hsm.WorkerVerb+"\x00") {
 		t.Errorf("command line %q", cmdline)

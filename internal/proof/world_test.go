@@ -51,7 +51,10 @@ type marker struct {
 	bytes []byte
 }
 
-const plaintext = "plaintext"
+const (
+	plaintext = "plaintext"
+	fileKey   = "file key"
+)
 
 func newWorld(t *testing.T, makeService func(*testing.T, string, *secmem.Arena) *service) *world {
 	t.Helper()
@@ -103,7 +106,7 @@ func (w *world) seal(name string, content []byte) {
 	file := w.sealed(name, content)
 	w.must(os.WriteFile(filepath.Join(w.src, name), file, 0o644))
 	for _, key := range w.listener.wrapped[before:] {
-		w.markers = append(w.markers, marker{"file key", key}, marker{"payload key", payloadKey(w.t, key, file)})
+		w.markers = append(w.markers, marker{fileKey, key}, marker{"payload key", payloadKey(w.t, key, file)})
 	}
 }
 
@@ -126,7 +129,7 @@ func (w *world) sealed(name string, content []byte) []byte {
 }
 
 // payloadKey derives what the payload of an age file is encrypted with.
-func payloadKey(t *testing.T, fileKey, file []byte) []byte {
+func payloadKey(t *testing.T, dek, file []byte) []byte {
 	t.Helper()
 	_, rest, ok := bytes.Cut(file, []byte("\n--- "))
 	if !ok {
@@ -136,7 +139,7 @@ func payloadKey(t *testing.T, fileKey, file []byte) []byte {
 	if !ok {
 		t.Fatal("the sealed file has no payload")
 	}
-	key, err := hkdf.Key(sha256.New, fileKey, payload[:16], "payload", 32)
+	key, err := hkdf.Key(sha256.New, dek, payload[:16], "payload", 32)
 	if err != nil {
 		t.Fatal(err)
 	}
