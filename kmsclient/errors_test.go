@@ -184,7 +184,6 @@ func TestFaults(t *testing.T) {
 		"plaintext not base64":     answer(keyID + `,"Plaintext":"` + encoded + `?"`),
 		"two plaintexts":           answer(keyID + `,"Plaintext":"` + encoded + `","plaintext":"` + encoded + `"`),
 		"plaintext elsewhere":      kmstest.Answer(200, `{"Plaintext":"`+encoded+`","Response":{`+keyID+`}}`),
-		"name of plaintext spelt":  answer(keyID + `,"Pl\u0061intext":"` + encoded + `"`),
 		"no KeyId":                 answer(`"Plaintext":"` + encoded + `"`),
 		"KeyId is a number":        answer(`"KeyId":5,"Plaintext":"` + encoded + `"`),
 		"something after":          kmstest.Answer(200, `{"Response":{`+keyID+`,"Plaintext":"`+encoded+`"}} `+encoded),
