@@ -11,13 +11,6 @@ package worker
 
 static const ck_ulong not_supported = 0x54; // CKR_FUNCTION_NOT_SUPPORTED
 
-static ck_ulong function_list(void *handle, ck_function_list **list) {
-	ck_ulong (*get)(ck_function_list **) = (ck_ulong (*)(ck_function_list **))dlsym(handle, "C_GetFunctionList");
-	if (get == NULL)
-		return not_supported;
-	return get(list);
-}
-
 static ck_ulong initialize(ck_function_list *l, ck_ulong flags, char *reserved) {
 	ck_ulong (*f)(void *) = (ck_ulong (*)(void *))l->function[CK_INITIALIZE];
 	ck_initialize_args args;
@@ -96,21 +89,30 @@ func load(path, args string) (*library, error) {
 	}
 	name := C.CString(path)
 	defer C.free(unsafe.Pointer(name))
-	handle := C.dlopen(name, C.RTLD_NOW)
-	if handle == nil {
+	if C.dlopen(name, C.RTLD_NOW) == nil { // Ctx would not say why
 		return nil, fmt.Errorf("load %s: %s", path, C.GoString(C.dlerror()))
 	}
-	l := &library{}
-	if rv := C.function_list(handle, &l.list); rv != 0 || l.list == nil || l.list.function[C.CK_INITIALIZE] == nil {
-		return nil, fmt.Errorf("%s is no PKCS#11 module: C_GetFunctionList: %w", path, code(rv))
+	l := &library{Ctx: pkcs11.New(path)}
+	if l.Ctx == nil {
+		return nil, fmt.Errorf("%s is no PKCS#11 module: it has no C_GetFunctionList", path)
+	}
+	if l.list = functionList(l.Ctx); l.list == nil || l.list.function[C.CK_INITIALIZE] == nil {
+		return nil, fmt.Errorf("%s is no PKCS#11 module: it gave no list of functions", path)
 	}
 	if args != "" {
 		l.args = C.CString(args) // for as long as the process lives
 	}
-	if l.Ctx = pkcs11.New(path); l.Ctx == nil {
-		return nil, fmt.Errorf("load %s a second time", path)
-	}
 	return l, nil
+}
+
+// functionList returns the list that ctx calls through, which ctx keeps to itself.
+// Asking the module for another one will not do: those of p11-kit make an instance
+// of themselves, with sessions of its own, each time they are asked.
+func functionList(ctx *pkcs11.Ctx) *C.ck_function_list {
+	inside := (*struct {
+		ctx *struct{ handle, list unsafe.Pointer }
+	})(unsafe.Pointer(ctx))
+	return (*C.ck_function_list)(inside.ctx.list)
 }
 
 // initialize calls C_Initialize. It reports whether calls may be made from
