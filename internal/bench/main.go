@@ -175,6 +175,7 @@ func (s *stage) mountKMSFS(name, ttl, audit string) (string, error) {
 	}
 	daemon := exec.Command(s.kmsfs, "mount", "-c", conf)
 	daemon.Stderr = os.Stderr
+	daemon.Env = append(os.Environ(), "KMSFS_RUNTIME_DIR="+filepath.Join(s.work, "run"))
 	daemon.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	if err := daemon.Start(); err != nil {
 		return "", err
