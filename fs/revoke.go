@@ -13,12 +13,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How long each step of a revocation may take. Together they stay under a second.
+// How long each step of a revocation may take until the connection is aborted. Together
+// they stay under a second. What is late then has as long again as goneTimeout: it only
+// decides whether all went well.
 const (
 	drainTimeout      = 200 * time.Millisecond
 	invalidateTimeout = 350 * time.Millisecond
 	wipeTimeout       = 200 * time.Millisecond
-	goneTimeout       = time.Second // after the connection was aborted
+	goneTimeout       = 5 * time.Second
 )
 
 // zeros is what plaintext pages are overwritten with.
@@ -75,24 +77,44 @@ func (f *tree) revoke(ctx context.Context, wait bool) error {
 func (f *tree) end() error {
 	defer close(f.done)
 	f.watch.close()
-	drained := f.drain()
-	invalidated := f.invalidate(drained)
-
-	ctx, cancel := context.WithTimeout(context.Background(), wipeTimeout)
-	defer cancel()
-	wiped := f.store.Revoke(ctx)
+	dropped := f.invalidate(f.drain())
+	invalidated := late(dropped, invalidateTimeout)
+	wiped := f.wipe(wipeTimeout)
 
 	detached := f.detach()
 	if f.mounts != nil {
 		f.mounts.stop()
 	}
 	aborted := f.abort()
-	if aborted == nil && wiped == nil { // else somebody may still use what would be closed
+	if invalidated != nil {
+		invalidated = late(dropped, goneTimeout)
+	}
+	if wiped != nil {
+		wiped = f.wipe(goneTimeout)
+	}
+	if aborted == nil && wiped == nil && invalidated == nil { // else somebody may still use what would be closed
 		f.closeHandles()
 		f.watch.wait()
 		f.free()
 	}
 	return errors.Join(invalidated, wiped, detached, aborted)
+}
+
+// wipe ends what the store has.
+func (f *tree) wipe(timeout time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	return f.store.Revoke(ctx)
+}
+
+// late returns an error if pages have not been dropped in time.
+func late(dropped <-chan struct{}, timeout time.Duration) error {
+	select {
+	case <-dropped:
+		return nil
+	case <-time.After(timeout):
+		return fmt.Errorf("drop plaintext from the page cache: %w", context.DeadlineExceeded)
+	}
 }
 
 // drain stops opens and replies and waits for those under way. It reports whether
@@ -110,9 +132,11 @@ func (f *tree) drain() bool {
 	return true
 }
 
-// invalidate drops every page with plaintext from the kernel. What nobody has open is
-// overwritten before. Who has a file open must not read zeros: he gets an error.
-func (f *tree) invalidate(drained bool) error {
+// invalidate drops every page with plaintext from the kernel, and closes the channel when
+// that is done. What nobody has open is overwritten before. Who has a file open must not
+// read zeros: he gets an error. What cannot be said while the connection lives, because the
+// kernel waits for something else, is said when it has ended.
+func (f *tree) invalidate(drained bool) <-chan struct{} {
 	server := f.server.Load()
 	var held, free []*node
 	for _, n := range f.table.all(func(n *node) bool { return n.pages.Load() }) {
@@ -132,17 +156,12 @@ func (f *tree) invalidate(drained bool) error {
 			f.overwrite(n)
 		}
 		select {
-		case <-f.served: // others have aborted the connection
+		case <-f.served: // others have aborted the connection, or we have
 			f.dropAborted(held, free)
 		default:
 		}
 	}()
-	select {
-	case <-ended:
-		return nil
-	case <-time.After(invalidateTimeout):
-		return fmt.Errorf("drop %d files from the page cache: %w", len(held)+len(free), context.DeadlineExceeded)
-	}
+	return ended
 }
 
 // detach takes our mount, and no other, out of the namespace.
