@@ -24,6 +24,10 @@ import (
 // service manager should not restart the program.
 var ErrPIN = fmt.Errorf("%w: PIN", keyring.ErrDenied)
 
+// ErrNoPIN is the [ErrPIN] of a PIN that could not be read, and so never reached
+// the token.
+var ErrNoPIN = fmt.Errorf("%w", ErrPIN)
+
 // errNoVerdict marks a login that failed without a word on the PIN.
 var errNoVerdict = errors.New("")
 
@@ -244,15 +248,15 @@ func (l *login) markOf(pin *secmem.Buffer) mark {
 func (l *login) read(k *key) (*secmem.Buffer, error) {
 	source := l.source(k)
 	if source == "" {
-		return nil, fmt.Errorf("%w: there is none for %s: add pin-source=file:/path to the URI, or LoadCredential=%s:/path to the unit", ErrPIN, k.short, credential)
+		return nil, fmt.Errorf("%w: there is none for %s: add pin-source=file:/path to the URI, or LoadCredential=%s:/path to the unit", ErrNoPIN, k.short, credential)
 	}
 	path, err := pinPath(source, os.Getenv("CREDENTIALS_DIRECTORY"))
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrPIN, err)
+		return nil, fmt.Errorf("%w: %w", ErrNoPIN, err)
 	}
 	pin, err := readPIN(l.o.Arena, path)
 	if err != nil {
-		return nil, fmt.Errorf("%w: read %s: %w", ErrPIN, path, err)
+		return nil, fmt.Errorf("%w: read %s: %w", ErrNoPIN, path, err)
 	}
 	return pin, nil
 }

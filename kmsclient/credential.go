@@ -33,7 +33,7 @@ func (c Credential) LogValue() slog.Value { return slog.StringValue(c.String()) 
 
 // ErrNoCredential is what a [CredentialSource] returns that does not exist on this
 // machine, so that the next one is tried. Any other error ends the search.
-var ErrNoCredential = errors.New("no credential there")
+var ErrNoCredential = errors.New("there is none")
 
 // A CredentialSource looks for credentials in one place. It must return soon after
 // ctx ends, and must not put secrets or foreign text into errors.

@@ -204,8 +204,8 @@ func credentialError(err error) error {
 	case errors.As(err, &down):
 		return fmt.Errorf("find credentials: %w: %w, and there are none elsewhere", keyring.ErrUnavailable, err)
 	case errors.Is(err, ErrNoCredential):
-		return fmt.Errorf("find credentials: %w: there are none in $CREDENTIALS_DIRECTORY, of an instance role, "+
-			"in TENCENTCLOUD_SECRET_ID and TENCENTCLOUD_SECRET_KEY, or in ~/.tencentcloud/credentials", keyring.ErrDenied)
+		return fmt.Errorf("find credentials: %w: %w in $CREDENTIALS_DIRECTORY, of an instance role, "+
+			"in TENCENTCLOUD_SECRET_ID and TENCENTCLOUD_SECRET_KEY, or in ~/.tencentcloud/credentials", keyring.ErrDenied, ErrNoCredential)
 	}
 	return fmt.Errorf("find credentials: %w: %w", keyring.ErrDenied, err)
 }

@@ -11,6 +11,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -27,6 +28,7 @@ import (
 	"kmsfs/internal/keyring"
 	"kmsfs/internal/sealed"
 	"kmsfs/internal/secmem"
+	"kmsfs/kmsclient"
 )
 
 // Errors that only the command line knows.
@@ -114,6 +116,7 @@ func classify(err error) (code int, hint string) {
 	var bad *config.Error
 	var lock *secmem.LockError
 	var partial *partialError
+	var cert *tls.CertificateVerificationError
 	var passed *exitError
 	is := func(target error) bool { return errors.Is(err, target) }
 	switch {
@@ -126,14 +129,20 @@ func classify(err error) (code int, hint string) {
 	case is(errInterrupted):
 		return exitInterrupted, ""
 
+	case is(hsm.ErrNoPIN):
+		return exitConfig, "the PIN is read from pin-source in the key's URI, pin_file in [pkcs11], or the systemd credential hsm-pin"
 	case is(hsm.ErrPIN):
 		return exitPIN, "correct the PIN; it was tried once and will not be tried again, so that the token does not lock itself"
+	case is(kmsclient.ErrNoCredential):
+		return exitKeyDenied, "give SecretId and SecretKey by one of these ways; docs/config.md describes them"
 	case is(keyring.ErrDenied):
 		return exitKeyDenied, "the caller needs permission to use this key (CAM: kms:Encrypt and kms:Decrypt; a token: the right PIN)"
 	case is(keyring.ErrKeyGone):
 		return exitKeyGone, "enable the key, or cancel its deletion, at the key service"
 	case is(keyring.ErrThrottled):
 		return exitUnavailable, "wait, or lower rate_limit in [tencentkms]: the account's quota is shared"
+	case errors.As(err, &cert):
+		return exitUnavailable, "ca_file in [tencentkms] names the authorities to trust, and endpoint is the name in the certificate"
 	case is(keyring.ErrUnavailable):
 		return exitUnavailable, "is the key service reachable from here? kmsfs key check asks it alone"
 	case is(errNoKeyService):
