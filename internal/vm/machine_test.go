@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"kmsfs/internal/vm/cpio"
 )
 
 const (
@@ -76,15 +78,15 @@ func boot(t *testing.T, dir, append string) *machine {
 	guest := filepath.Join(work, "init")
 	build(t, guest, "kmsfs/internal/vm/guest")
 	var initrd bytes.Buffer
-	c := &cpio{w: &initrd}
+	c := cpio.NewWriter(&initrd)
 	for _, d := range []string{"proc", "sys", "dev", "run", "tmp", "disk", "modules"} {
-		c.dir(d)
+		c.Dir(d)
 	}
-	c.file("init", read(t, guest))
+	c.File("init", read(t, guest))
 	for i, path := range modules {
-		c.file(fmt.Sprintf("modules/%02d-%s", i, filepath.Base(path)), read(t, path))
+		c.File(fmt.Sprintf("modules/%02d-%s", i, filepath.Base(path)), read(t, path))
 	}
-	if err := c.close(); err != nil {
+	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
 	ramdisk := filepath.Join(work, "initrd")
