@@ -98,9 +98,6 @@ type Log struct {
 	queue   chan Record
 	drops   atomic.Uint64
 
-	waitMu  sync.Mutex
-	waiting []*waiter // for whoever writes next
-
 	mu     sync.RWMutex // held shared while a record is handed in
 	closed bool
 
@@ -167,6 +164,24 @@ func (l *Log) Append(ctx context.Context, r Record) error {
 
 // now is the time as records have it: without a monotonic reading.
 func now() time.Time { return time.Now().UTC().Round(0) }
+
+// appendNow returns when r is written.
+func (l *Log) appendNow(ctx context.Context, r Record) error {
+	if l.closed {
+		l.drops.Add(1)
+		return ErrClosed
+	}
+	if err := l.acquire(ctx); err != nil {
+		l.drops.Add(1)
+		return fmt.Errorf("append to audit log: %w", err)
+	}
+	err := l.commit(ctx, []Record{r})
+	l.release()
+	if err != nil {
+		return fmt.Errorf("append to audit log: %w", err)
+	}
+	return nil
+}
 
 // acquire waits for its turn to write. One whose context has ended is not turned away at
 // once: that its caller gave up is worth a record.
