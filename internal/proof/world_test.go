@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/crypto/chacha20poly1305"
 	"golang.org/x/sys/unix"
 
 	"kmsfs/internal/control"
@@ -106,7 +107,7 @@ func (w *world) seal(name string, content []byte) {
 	file := w.sealed(name, content)
 	w.must(os.WriteFile(filepath.Join(w.src, name), file, 0o644))
 	for _, key := range w.listener.wrapped[before:] {
-		w.markers = append(w.markers, marker{fileKey, key}, marker{"payload key", payloadKey(w.t, key, file)})
+		w.markers = append(w.markers, marker{fileKey, key}, marker{"payload key", payloadKey(w.t, key, file, content)})
 	}
 }
 
@@ -128,13 +129,10 @@ func (w *world) sealed(name string, content []byte) []byte {
 	return file.Bytes()
 }
 
-// payloadKey derives what the payload of an age file is encrypted with.
-func payloadKey(t *testing.T, dek, file []byte) []byte {
+// payloadKey derives what the payload of an age file is encrypted with, and tries it.
+func payloadKey(t *testing.T, dek, file, content []byte) []byte {
 	t.Helper()
-	_, rest, ok := bytes.Cut(file, []byte("\n--- "))
-	if !ok {
-		t.Fatal("the sealed file has no header")
-	}
+	_, rest, _ := bytes.Cut(file, []byte("\n--- "))
 	_, payload, ok := bytes.Cut(rest, []byte("\n"))
 	if !ok {
 		t.Fatal("the sealed file has no payload")
@@ -142,6 +140,20 @@ func payloadKey(t *testing.T, dek, file []byte) []byte {
 	key, err := hkdf.Key(sha256.New, dek, payload[:16], "payload", 32)
 	if err != nil {
 		t.Fatal(err)
+	}
+	aead, err := chacha20poly1305.New(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const chunk = 64 << 10
+	first, nonce := payload[16:], make([]byte, aead.NonceSize())
+	if len(content) <= chunk {
+		nonce[len(nonce)-1] = 1 // it is the last one as well
+	} else {
+		first, content = first[:chunk+aead.Overhead()], content[:chunk]
+	}
+	if got, err := aead.Open(nil, nonce, first, nil); err != nil || !bytes.Equal(got, content) {
+		t.Fatalf("the key to look for opens nothing: %v", err)
 	}
 	return key
 }
@@ -167,6 +179,7 @@ type settings struct {
 	direct bool   // page_cache = false
 	more   string // lines of [plaintext]
 	top    string // lines before the first table
+	env    string // of the daemon
 }
 
 // mount starts the daemon and returns when it serves. It ends with the test at the latest.
@@ -179,7 +192,7 @@ func (w *world) mount(s settings) {
 	text := fmt.Sprintf("source = %q\nmountpoint = %q\nkeys = [%q]\n%s\n[plaintext]\nttl = %q\npage_cache = %v\n%s\n%s",
 		w.src, w.mnt, w.svc.uri, s.top, s.ttl, !s.direct, s.more, w.svc.tables)
 	w.must(os.WriteFile(conf, []byte(text), 0o600), os.Chown(conf, w.uid, w.uid))
-	d := w.start("mount", "-c", conf)
+	d := w.start(s.env, "mount", "-c", conf)
 	w.daemon = d
 	w.until("the daemon serves", func() error {
 		select {
@@ -209,10 +222,13 @@ func (d *daemon) state() *os.ProcessState { return d.cmd.ProcessState }
 
 // start runs kmsfs as w.uid in a directory of its own. It may dump core as large
 // as it likes, if it lets the kernel.
-func (w *world) start(args ...string) *daemon {
+func (w *world) start(env string, args ...string) *daemon {
 	t := w.t
 	t.Helper()
 	d := &daemon{cmd: w.kmsfs(args...), log: new(syncBuffer), ended: make(chan struct{})}
+	if env != "" {
+		d.cmd.Env = append(d.cmd.Env, env)
+	}
 	if w.wrap != nil {
 		d.cmd.Path, d.cmd.Args = w.wrap[0], append(w.wrap, d.cmd.Args...)
 		d.cmd.SysProcAttr.Credential = nil
