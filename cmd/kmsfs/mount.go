@@ -487,6 +487,9 @@ func (d *served) Status() control.Status {
 			Cause: h.Cause, Latency: h.Latency, RequestID: h.RequestID,
 		})
 	}
+	if d.scraped != nil {
+		s.Metrics = d.scraped.Addr().String()
+	}
 	s.Opens, s.Audit = d.tally.counts(), d.auditStatus()
 	s.KeyOperations, s.LatencyBounds = d.keyOperations(), keyring.Buckets()
 	return s

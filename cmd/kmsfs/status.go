@@ -171,6 +171,9 @@ func printStatus(w io.Writer, s *control.Status, now time.Time) {
 	if text := auditState(s.Audit); text != "" {
 		line("audit", "%s", text)
 	}
+	if s.Metrics != "" {
+		line("metrics", "http://%s/metrics", s.Metrics)
+	}
 	for _, text := range s.Warnings {
 		line("warning", "%s", text)
 	}

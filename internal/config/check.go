@@ -377,7 +377,7 @@ func (c *checker) metrics(d metricsTable, m *Metrics) {
 	const hint = `write "127.0.0.1:9464" or "[::1]:9464"`
 	addr, err := netip.ParseAddrPort(d.Listen)
 	switch {
-	case err != nil || addr.Port() == 0:
+	case err != nil:
 		c.bad("metrics.listen", hint, "%q is not an address with a port", d.Listen)
 	case !addr.Addr().IsLoopback():
 		c.bad("metrics.listen", hint, "metrics are for this machine: %s is not a loopback address", addr.Addr())

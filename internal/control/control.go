@@ -23,7 +23,8 @@ type Status struct {
 	Version    string    `json:"version"`
 	State      string    `json:"state"` // "serving", "revoking"
 	Since      time.Time `json:"since"`
-	Learning   bool      `json:"learning"` // the rules refuse nothing
+	Learning   bool      `json:"learning"`          // the rules refuse nothing
+	Metrics    string    `json:"metrics,omitempty"` // loopback address that answers with them
 	Open       []Open    `json:"open"`
 	Opens      []Opens   `json:"opens"`
 	Cache      Cache     `json:"cache"`
