@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/hsm"
+	"kmsfs/internal/control"
 )
 
 var update = flag.Bool("update", false, "rewrite the transcripts in testdata/script")
@@ -26,7 +28,7 @@ func TestMain(m *testing.M) {
 		os.Exit(hsm.WorkerMain())
 	}
 	if dir := os.Getenv(sealChild); dir != "" {
-		os.Exit(run([]string{"kmsfs", "seal", "-r", "--key", "file:" + filepath.Join(filepath.Dir(dir), "cmk"), dir}))
+		os.Exit(run(sealArguments(dir)))
 	}
 	testscript.Main(m, map[string]func(){"kmsfs": main, "mount.fuse.kmsfs": main})
 }
@@ -139,10 +141,16 @@ func mounted(ts *testscript.TestScript, neg bool, args []string) {
 	await(ts, dir+" to be mounted", is)
 }
 
-// listening NAME waits until the daemon NAME answers kmsfs status: it is ready.
+// listening NAME|MOUNTPOINT waits until that daemon answers: it is ready.
 func listening(ts *testscript.TestScript, neg bool, args []string) {
+	name := args[0]
+	if filepath.IsAbs(name) {
+		name = nameOfMountpoint(name)
+	}
+	daemon := control.Dial(filepath.Join(ts.Getenv("KMSFS_RUNTIME_DIR"), name+".sock"))
 	await(ts, args[0]+" to answer", func() bool {
-		return ts.Exec("kmsfs", "status", "--json", args[0]) == nil
+		_, err := daemon.Status(context.Background())
+		return err == nil
 	})
 }
 
