@@ -32,7 +32,7 @@ func TestMemory(t *testing.T) {
 
 // noGC keeps the garbage collector from cleaning up what the daemon should have: it runs
 // only when the daemon itself makes it, which is a second after plaintext was wiped.
-const noGC = "GOGC=off"
+var noGC = []string{"GOGC=off"}
 
 func testMemory(t *testing.T, makeService func(*testing.T, string, *secmem.Arena) *service, s settings) {
 	secrets := 100

@@ -69,6 +69,9 @@ func TestReaders(t *testing.T) {
 		before := r.whole.Load()
 		for range 1 + rand.IntN(5) {
 			r.replace()
+			if v, err := r.readOnce(false); err != nil || v != r.published.Load() {
+				t.Errorf("right after version %d was put in place: version %d, %v", r.published.Load(), v, err)
+			}
 		}
 		w.wantStatus("reads and an expiry", func(s *control.Status) bool {
 			if t.Failed() || r.whole.Load() > before+20 && s.Cache.Expiries > 0 {

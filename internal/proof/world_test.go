@@ -179,7 +179,7 @@ type settings struct {
 	direct bool   // page_cache = false
 	more   string // lines of [plaintext]
 	top    string // lines before the first table
-	env    string // of the daemon
+	env    []string
 }
 
 // mount starts the daemon and returns when it serves. It ends with the test at the latest.
@@ -222,13 +222,11 @@ func (d *daemon) state() *os.ProcessState { return d.cmd.ProcessState }
 
 // start runs kmsfs as w.uid in a directory of its own. It may dump core as large
 // as it likes, if it lets the kernel.
-func (w *world) start(env string, args ...string) *daemon {
+func (w *world) start(env []string, args ...string) *daemon {
 	t := w.t
 	t.Helper()
 	d := &daemon{cmd: w.kmsfs(args...), log: new(syncBuffer), ended: make(chan struct{})}
-	if env != "" {
-		d.cmd.Env = append(d.cmd.Env, env)
-	}
+	d.cmd.Env = append(d.cmd.Env, env...)
 	if w.wrap != nil {
 		d.cmd.Path, d.cmd.Args = w.wrap[0], append(w.wrap, d.cmd.Args...)
 		d.cmd.SysProcAttr.Credential = nil
