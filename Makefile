@@ -22,7 +22,7 @@ test: deps ## every test, against the real kernel, HSM module and servers
 	$(GO) test -timeout 10m $(TESTFLAGS) $(PKGS)
 
 check: ## format, vet, staticcheck
-	@test -z "$$(gofmt -l cmd fs hsm internal kmsclient)" || { gofmt -l cmd fs hsm internal kmsclient; echo 'make: run gofmt -w on these' >&2; exit 1; }
+	@test -z "$$(gofmt -l cmd fs hsm internal kmsclient packaging)" || { gofmt -l cmd fs hsm internal kmsclient packaging; echo 'make: run gofmt -w on these' >&2; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 
