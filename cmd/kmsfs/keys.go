@@ -35,6 +35,9 @@ func openRing(cfg *config.Config, arena *secmem.Arena, log *slog.Logger) (*ring,
 		scheme, _, _ := strings.Cut(uri, ":")
 		if err := checkURI(scheme, uri); err != nil {
 			r.Close()
+			if cfg.File == "" {
+				return nil, &usageError{text: err.Error()}
+			}
 			return nil, badKey(cfg, i, err)
 		}
 		if backends[scheme] == nil {

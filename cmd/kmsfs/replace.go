@@ -142,6 +142,8 @@ func (d *draft) sync() error {
 	return nil
 }
 
+var errChanged = errors.New("it was changed while it was being sealed; nothing was replaced")
+
 // replace gives the draft the name of the file that unchanged describes, in one
 // step, if that file is still the same.
 func (d *draft) replace(name string, unchanged os.FileInfo) error {
@@ -150,7 +152,7 @@ func (d *draft) replace(name string, unchanged os.FileInfo) error {
 		return err
 	}
 	if !sameContent(now, unchanged) {
-		return errors.New("it was changed while it was being sealed; nothing was replaced")
+		return errChanged
 	}
 	if err := d.root.Rename(d.name, name); err != nil {
 		return err

@@ -281,7 +281,19 @@ func (s *sealing) sumUp(b *batch, jobs []sealJob) {
 }
 
 // one seals one file and says what became of it.
-func (s *sealing) one(ctx context.Context, j sealJob) (string, error) {
+//
+// A file that changed meanwhile is tried again: another hard link of it may have been
+// sealed just then, which touches its inode.
+func (s *sealing) one(ctx context.Context, j sealJob) (what string, err error) {
+	for range 8 {
+		if what, err = s.attempt(ctx, j); !errors.Is(err, errChanged) || ctx.Err() != nil {
+			break
+		}
+	}
+	return what, err
+}
+
+func (s *sealing) attempt(ctx context.Context, j sealJob) (string, error) {
 	flag := os.O_RDONLY
 	if s.remove {
 		flag = os.O_RDWR
@@ -323,7 +335,7 @@ func readPlain(arena *secmem.Arena, f *os.File, info os.FileInfo, limit int64) (
 	if _, err = f.ReadAt(buf.Bytes(), 0); err == nil || err == io.EOF {
 		var now os.FileInfo
 		if now, err = f.Stat(); err == nil && !sameContent(now, info) {
-			err = errors.New("it is being written; try again when it is at rest")
+			err = errChanged
 		}
 	}
 	if err != nil {
@@ -452,7 +464,7 @@ func (s *sealing) place(t *tree, real string) (keyring.Context, error) {
 func (s *sealing) forget(ctx context.Context, j sealJob, f *os.File, info os.FileInfo, others uint64) error {
 	if others > 0 {
 		s.mu.Lock()
-		s.u.warn("%s has %s that still hold the plaintext", j.shown, count(int(others), "other hard link"))
+		s.u.warn("%s had %s, where the plaintext still is", j.shown, count(int(others), "other hard link"))
 		s.mu.Unlock()
 	}
 	if !s.remove {
@@ -543,6 +555,7 @@ type batch struct {
 	failed int
 	last   error // of the only file, or the one that makes going on pointless
 	fatal  bool
+	hints  []string // those given
 }
 
 // run calls work for each index. Work says what became of the file, or fails.
@@ -592,6 +605,18 @@ func (b *batch) note(what, name string, err error) {
 	if b.fatal = pointless(err); b.total > 1 && !b.fatal {
 		b.progress.clear()
 		b.u.say("error: %s", err)
+		b.hint(err)
+	}
+}
+
+// hint says what to do about err, once for all files alike.
+func (b *batch) hint(err error) {
+	_, hints := advise(err)
+	for _, h := range hints {
+		if !slices.Contains(b.hints, h) {
+			b.hints = append(b.hints, h)
+			b.u.say("hint: %s", h)
+		}
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 	"kmsfs/internal/config"
 	"kmsfs/internal/control"
 	"kmsfs/internal/keyring"
+	"kmsfs/internal/localkey"
 	"kmsfs/internal/sealed"
 	"kmsfs/internal/secmem"
 	"kmsfs/kmsclient"
@@ -133,6 +134,12 @@ func classify(err error) (code int, hint string) {
 		return exitConfig, "the PIN is read from pin-source in the key's URI, pin_file in [pkcs11], or the systemd credential hsm-pin"
 	case is(hsm.ErrPIN):
 		return exitPIN, "correct the PIN; it was tried once and will not be tried again, so that the token does not lock itself"
+	case is(localkey.ErrKeyFile) && is(keyring.ErrKeyGone):
+		return exitKeyGone, "put the key file back from its copy; a new one, from kmsfs keygen, opens nothing that this one sealed"
+	case is(localkey.ErrKeyFile) && is(keyring.ErrDenied):
+		return exitKeyDenied, "it must be as kmsfs keygen made it: whole, of root or of this user, and readable by its owner alone"
+	case is(keyring.ErrContext):
+		return exitFailed, "rename the file, or seal it with --unbound"
 	case is(kmsclient.ErrNoCredential):
 		return exitKeyDenied, "give SecretId and SecretKey by one of these ways; docs/config.md describes them"
 	case is(keyring.ErrDenied):
@@ -180,6 +187,10 @@ func classify(err error) (code int, hint string) {
 		return exitTimeout, ""
 	case errors.As(err, &bad), is(errNoConfig):
 		return exitConfig, ""
+	case is(errChanged):
+		return exitFailed, "try again when nobody writes to it"
+	case is(syscall.ENOSPC):
+		return exitFailed, "free some space: a file needs its size once more while it is replaced"
 	case is(syscall.EROFS):
 		return exitFailed, "files are sealed in the source, which is not writable here"
 	case is(fs.ErrPermission):

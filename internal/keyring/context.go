@@ -16,13 +16,17 @@ const MaxContext = 1024
 // AAD of an HSM. It is public. nil and empty mean: bound to nothing.
 type Context map[string]string
 
+// ErrContext reports a context that cannot be given to a key service, because the
+// name of a file is too long or is no text.
+var ErrContext = errors.New("unusable context")
+
 // Canonical returns the one JSON text of c: keys sorted, no spaces, no HTML
 // escaping. It fails over [MaxContext] bytes, and on text that is not UTF-8:
 // JSON would write two different names the same.
 func (c Context) Canonical() ([]byte, error) {
 	for name, value := range c {
 		if !utf8.ValidString(name) || !utf8.ValidString(value) {
-			return nil, errors.New("context is not valid UTF-8")
+			return nil, fmt.Errorf("%w: it is not valid UTF-8", ErrContext)
 		}
 	}
 	var buf bytes.Buffer
@@ -36,7 +40,7 @@ func (c Context) Canonical() ([]byte, error) {
 		text = []byte("{}")
 	}
 	if len(text) > MaxContext {
-		return nil, fmt.Errorf("context is %d bytes, at most %d fit", len(text), MaxContext)
+		return nil, fmt.Errorf("%w: it is %d bytes, at most %d fit", ErrContext, len(text), MaxContext)
 	}
 	return text, nil
 }

@@ -60,12 +60,12 @@ func unreadable(op, path string, err error) error {
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, unix.ELOOP):
 		kind = keyring.ErrDenied
 	}
-	return fmt.Errorf("%s key file %s: %w: %w", op, path, kind, err)
+	return fmt.Errorf("%s %w %s: %w: %w", op, ErrKeyFile, path, kind, err)
 }
 
 // refuse says why the file at path is not used.
 func refuse(path, format string, a ...any) error {
-	return fmt.Errorf("key file %s %s: %w", path, fmt.Sprintf(format, a...), keyring.ErrDenied)
+	return fmt.Errorf("%w %s %s: %w", ErrKeyFile, path, fmt.Sprintf(format, a...), keyring.ErrDenied)
 }
 
 // readKey reads the key in the file at path into locked memory. A symbolic

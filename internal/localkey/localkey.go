@@ -282,4 +282,7 @@ func fingerprint(arena *secmem.Arena, key *secmem.Buffer) (string, error) {
 	return base64.RawURLEncoding.EncodeToString(id.Bytes()[:idSize]), nil
 }
 
-var errNotKeyFile = errors.New("not a kmsfs key file")
+// ErrKeyFile marks the errors that are about the key file itself.
+var ErrKeyFile = errors.New("key file")
+
+var errNotKeyFile = fmt.Errorf("not a kmsfs %w", ErrKeyFile)
