@@ -50,7 +50,7 @@ var causes = []struct {
 	{errNotKept, syscall.EIO, "make room for the audit log, or set audit.required = false"},
 	{keyring.ErrDenied, syscall.EACCES, "let the daemon's identity decrypt with this CMK"},
 	{keyring.ErrKeyGone, syscall.EKEYREVOKED, "enable the CMK, or restore the file from one that is sealed under another"},
-	{sealed.ErrMisplaced, syscall.EBADMSG, "move it back, or use kmsfs mv"},
+	{sealed.ErrMisplaced, syscall.EBADMSG, "move it back to where it was sealed for; kmsfs inspect shows the place"},
 	{sealed.ErrNoKey, syscall.EBADMSG, "add the key that sealed it to keys in the configuration, or seal it again"},
 	{keyring.ErrBadWrapping, syscall.EBADMSG, "restore the file, or seal it again"},
 	{sealed.ErrTampered, syscall.EBADMSG, "restore the file, or seal it again"},
