@@ -48,7 +48,7 @@ func (m *machine) install(t *testing.T) {
 	m.ask(`su postgres -c "psql -c \"create role app login password 'app'\""`)
 	m.serving()
 	m.sealed()
-	t.Logf("%s", m.ask("dpkg -s kmsfs | grep Version; kmsfs status; uname -r; systemctl --version | head -1"))
+	t.Logf("%s", m.ask("dpkg -s kmsfs | grep Version; kmsfs status; uname -r; systemctl --version | head -1; systemd-analyze security --no-pager kmsfs@web | tail -1"))
 }
 
 // again looks at both applications after an ordinary reboot.
