@@ -8,7 +8,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 PKGS    ?= ./...
 TESTFLAGS ?=
 
-.PHONY: all build deps deps-vm test check race single nocgo bench audit-long demo vm clean
+.PHONY: all build deps deps-vm test check race single nocgo bench audit-long kill-long demo vm clean
 
 all: build
 
@@ -41,6 +41,9 @@ bench: deps build ## ratios against tmpfs, gocryptfs and a bare backend call, in
 
 audit-long: ## tamper with the audit log 100,000 times, and kill its writer 200 times
 	$(GO) test -timeout 60m -count=1 ./internal/audit -run 'Tampering|Kill' -tamperings 100000 -kills 200
+
+kill-long: ## kill a recursive seal 1,000 times
+	$(GO) test -timeout 60m -count=1 ./cmd/kmsfs -run TestSealKilled -kills 1000
 
 demo: deps build ## nginx serves TLS from a sealed key, then access is revoked
 	./docs/demo/run.sh $(BIN)

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -21,12 +22,14 @@ import (
 // sealChild names the directory that a copy of this test seals, until it is killed.
 const sealChild = "KMSFS_TEST_SEAL"
 
+var kills = flag.Int("kills", 15, "how often a seal is killed")
+
 // TestSealKilled kills a recursive seal at random instants. Each name must then
 // hold the old file or the new one, whole, with owner, mode and time; and the next
 // seal must leave nothing else behind.
 func TestSealKilled(t *testing.T) {
-	const rounds, files = 50, 40
-	for round := range rounds {
+	const files = 40
+	for round := range *kills {
 		dir := filepath.Join(t.TempDir(), "tree")
 		want := makeTree(t, dir, files)
 		if err := localkey.Generate(filepath.Join(filepath.Dir(dir), "cmk")); err != nil {

@@ -137,10 +137,10 @@ func bareMount(c *cli.Context, keys []string) (*config.Config, string, error) {
 	}
 	var err error
 	if cfg.Source, err = realPath(c.Args().Get(0)); err != nil {
-		return nil, "", err
+		return nil, "", withHint(fmt.Errorf("source: %w", err), "create the directory, or correct its name")
 	}
 	if cfg.Mountpoint, err = realPath(c.Args().Get(1)); err != nil {
-		return nil, "", err
+		return nil, "", withHint(fmt.Errorf("mountpoint: %w", err), "create the directory, or correct its name")
 	}
 	cfg.Name = c.String("tree")
 	if cfg.Name == "" {
@@ -501,10 +501,24 @@ func (d *served) warn(text string) {
 	d.warnings = append(d.warnings, text)
 }
 
-// notify tells systemd, if that is who started us.
+// notifyTime is how long systemd may take to listen.
+const notifyTime = time.Second
+
+// notify tells systemd, if that is who started us. One that does not listen, and lets its
+// socket fill up, must not keep access from being revoked.
 func (d *served) notify(state string) {
-	if _, err := daemon.SdNotify(false, state); err != nil {
-		d.log.Warn("systemd cannot be notified", "error", err)
+	told := make(chan error, 1)
+	go func() {
+		_, err := daemon.SdNotify(false, state)
+		told <- err
+	}()
+	select {
+	case err := <-told:
+		if err != nil {
+			d.log.Warn("systemd cannot be notified", "error", err)
+		}
+	case <-time.After(notifyTime):
+		d.log.Warn("systemd does not take notifications", "state", state)
 	}
 }
 

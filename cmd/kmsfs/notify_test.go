@@ -27,7 +27,8 @@ import (
 type mountedTree struct {
 	dir, mnt string
 	cmd      *exec.Cmd
-	notified *net.UnixConn
+	conn     *net.UnixConn
+	notified chan string // see hear
 }
 
 func startMounted(t *testing.T) *mountedTree {
@@ -48,12 +49,14 @@ func startMounted(t *testing.T) *mountedTree {
 	if code := run([]string{"kmsfs", "seal", "--key", "file:" + key, file}); code != exitOK {
 		t.Fatalf("seal: exit code %d", code)
 	}
-	var err error
 	address := &net.UnixAddr{Name: filepath.Join(m.dir, "notify"), Net: "unixgram"}
-	if m.notified, err = net.ListenUnixgram("unixgram", address); err != nil {
+	conn, err := net.ListenUnixgram("unixgram", address)
+	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { m.notified.Close(); unmountBelow(t, m.dir) })
+	m.notified = make(chan string, 1000)
+	t.Cleanup(func() { conn.Close(); unmountBelow(t, m.dir) })
+	m.conn = conn
 	m.cmd = exec.Command("/proc/self/exe", "mount", "--key", "file:"+key, filepath.Join(m.dir, "shop"), m.mnt)
 	m.cmd.Args[0] = "kmsfs" // as testscript.Main tells us from a test
 	m.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+address.Name, "WATCHDOG_USEC=300000")
@@ -65,22 +68,34 @@ func startMounted(t *testing.T) *mountedTree {
 	return m
 }
 
-// until reads notifications until one has the line.
-func (m *mountedTree) until(t *testing.T, line string) {
-	t.Helper()
+// hear takes each line of each notification, as systemd does, whether a test waits or not.
+func (m *mountedTree) hear() {
 	buf := make([]byte, 4096)
 	for {
-		if err := m.notified.SetReadDeadline(time.Now().Add(patience)); err != nil {
-			t.Fatal(err)
-		}
-		n, err := m.notified.Read(buf)
+		n, err := m.conn.Read(buf)
 		if err != nil {
-			t.Fatalf("waiting for %s: %v", line, err)
+			return
 		}
 		for l := range strings.SplitSeq(string(buf[:n]), "\n") {
+			select {
+			case m.notified <- l:
+			default: // the watchdog goes on when no test listens
+			}
+		}
+	}
+}
+
+// until waits for a notification that has the line.
+func (m *mountedTree) until(t *testing.T, line string) {
+	t.Helper()
+	for deadline := time.After(patience); ; {
+		select {
+		case l := <-m.notified:
 			if strings.HasPrefix(l, line) {
 				return
 			}
+		case <-deadline:
+			t.Fatalf("waited in vain for %s", line)
 		}
 	}
 }
@@ -89,6 +104,7 @@ func (m *mountedTree) until(t *testing.T, line string) {
 // read, alive for the watchdog, stopping when told, and 0 in the end.
 func TestNotify(t *testing.T) {
 	m := startMounted(t)
+	go m.hear()
 	m.until(t, "READY=1")
 	if got, err := os.ReadFile(filepath.Join(m.mnt, "a")); err != nil || string(got) != "s3cret" {
 		t.Errorf("at READY=1 the file reads %q, %v", got, err)
@@ -111,9 +127,46 @@ func TestNotify(t *testing.T) {
 	}
 }
 
+// TestDeafSystemd: a revocation does not wait for a systemd that reads nothing.
+func TestDeafSystemd(t *testing.T) {
+	m := startMounted(t)
+	deadline := time.Now().Add(patience)
+	for _, err := os.Stat(filepath.Join(m.mnt, "a")); err != nil; _, err = os.Stat(filepath.Join(m.mnt, "a")) {
+		if time.Now().After(deadline) {
+			t.Fatal("waited in vain for the mount")
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	m.fill(t)
+	if err := m.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.cmd.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v", err)
+	}
+}
+
+// fill sends notifications of our own until the socket takes no more.
+func (m *mountedTree) fill(t *testing.T) {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_DGRAM|syscall.SOCK_CLOEXEC|syscall.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(fd)
+	to := &syscall.SockaddrUnix{Name: filepath.Join(m.dir, "notify")}
+	for err == nil {
+		err = syscall.Sendto(fd, []byte("X=1"), 0, to)
+	}
+	if err != syscall.EAGAIN {
+		t.Fatal(err)
+	}
+}
+
 // TestSecondSignalMeansNow: a revocation that waits for a reader ends at a signal.
 func TestSecondSignalMeansNow(t *testing.T) {
 	m := startMounted(t)
+	go m.hear()
 	m.until(t, "READY=1")
 	held, err := os.Open(filepath.Join(m.mnt, "a"))
 	if err != nil {

@@ -30,11 +30,16 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(sealChild); dir != "" {
 		os.Exit(run(sealArguments(dir)))
 	}
+	_ = os.Setenv("GORACE", quickExit)
 	testscript.Main(m, map[string]func(){"kmsfs": main, "mount.fuse.kmsfs": main})
 }
 
 // patience is how long anything may take on a busy machine.
-const patience = 30 * time.Second
+const patience = 60 * time.Second
+
+// quickExit is GORACE for programs built with the race detector, which would sleep for a
+// second at the end of each.
+const quickExit = "atexit_sleep_ms=0"
 
 // TestScripts runs each verb as a person would, with real mounts.
 func TestScripts(t *testing.T) {
@@ -53,6 +58,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("KMSFS_CONFIG_DIR", filepath.Join(env.WorkDir, "etc"))
 			env.Setenv("KMSFS_RUNTIME_DIR", filepath.Join(env.WorkDir, "run"))
 			env.Setenv("NOTIFY_SOCKET", "")
+			env.Setenv("GORACE", quickExit)
 			env.Values[kmsKey{}] = new(kmsOf)
 			env.Defer(func() { unmountBelow(t, env.WorkDir) })
 			return os.MkdirAll(filepath.Join(env.WorkDir, "etc"), 0o755)
