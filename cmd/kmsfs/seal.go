@@ -215,7 +215,7 @@ func (s *sealing) walk(dir *spot, t *tree) ([]sealJob, error) {
 		default:
 			jobs = append(jobs, sealJob{tree: t, spot: &spot{
 				root: dir.root, name: name,
-				shown: filepath.Join(dir.shown, rel), real: filepath.Join(dir.real, rel),
+				shown: oneLine(filepath.Join(dir.shown, rel)), real: filepath.Join(dir.real, rel),
 			}})
 		}
 		return nil

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // A spot is one file or directory, named beneath a directory that is held open,
@@ -125,6 +127,15 @@ func (s *spot) shownError(err error) error {
 		return &os.PathError{Op: strings.TrimSuffix(pe.Op, "at"), Path: s.shown, Err: pe.Err}
 	}
 	return fmt.Errorf("%s: %w", s.shown, err)
+}
+
+// oneLine quotes a name found in a directory that would break out of its line, or
+// drive the terminal it is printed on.
+func oneLine(name string) string {
+	if strings.ContainsFunc(name, func(r rune) bool { return r == utf8.RuneError || !strconv.IsPrint(r) }) {
+		return strconv.Quote(name)
+	}
+	return name
 }
 
 func notRegular(shown string, info os.FileInfo) error {

@@ -178,7 +178,7 @@ func printStatus(w io.Writer, s *control.Status, now time.Time) {
 		line("warning", "%s", text)
 	}
 	for _, o := range s.Open {
-		line("open", "%s by %s for %s", o.Path, holder(o), ago(now, o.Since))
+		line("open", "%s by %s for %s", oneLine(o.Path), oneLine(holder(o)), ago(now, o.Since))
 	}
 }
 

@@ -117,6 +117,7 @@ func classify(err error) (code int, hint string) {
 	var bad *config.Error
 	var lock *secmem.LockError
 	var partial *partialError
+	var api *kmsclient.Error
 	var cert *tls.CertificateVerificationError
 	var passed *exitError
 	is := func(target error) bool { return errors.Is(err, target) }
@@ -142,6 +143,8 @@ func classify(err error) (code int, hint string) {
 		return exitFailed, "rename the file, or seal it with --unbound"
 	case is(kmsclient.ErrNoCredential):
 		return exitKeyDenied, "give SecretId and SecretKey by one of these ways; docs/config.md describes them"
+	case errors.As(err, &api) && strings.HasPrefix(api.Code, "AuthFailure.") && api.Code != "AuthFailure.UnauthorizedOperation":
+		return exitKeyDenied, "check SecretId, SecretKey and token, and the clock of this machine"
 	case is(keyring.ErrDenied):
 		return exitKeyDenied, "the caller needs permission to use this key (CAM: kms:Encrypt and kms:Decrypt; a token: the right PIN)"
 	case is(keyring.ErrKeyGone):
