@@ -27,7 +27,7 @@ var errDenied = errors.New("the policy refuses")
 var errNotKept = errors.New("the open could not be recorded")
 
 // causes maps why an open failed to what the program sees. The first that
-// matches counts. An operator reads the same table in docs/cli.md.
+// matches counts. An operator reads the same table in docs/architecture.md.
 //
 //	policy or key service says no                        EACCES
 //	CMK disabled, pending deletion or gone               EKEYREVOKED

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -156,18 +158,36 @@ func TestErrnos(t *testing.T) {
 	}
 }
 
-// TestErrnoTable keeps the documented table and the code the same.
+// TestErrnoTable covers what no program provokes on demand, and keeps the table
+// that operators read the same as the code.
 func TestErrnoTable(t *testing.T) {
 	for err, want := range map[error]syscall.Errno{
 		errRevoked: unix.ENOKEY, store.ErrRevoked: unix.ENOKEY, errStale: unix.ESTALE, errDenied: unix.EACCES,
 		sealed.ErrNoKey: unix.EBADMSG, sealed.ErrNotSealed: unix.EBADMSG, sealed.ErrMisplaced: unix.EBADMSG,
 		context.Canceled: unix.EINTR, context.DeadlineExceeded: unix.ETIMEDOUT,
-		fs.ErrPermission: unix.EIO,
-		fmt.Errorf("%w: %w", errNotKept, fs.ErrClosed): unix.EIO,
+		unix.ENOENT: unix.ESTALE, fs.ErrPermission: unix.EIO,
+		fmt.Errorf("%w: %w", errNotKept, fs.ErrClosed):     unix.EIO,
+		fmt.Errorf("%w: %w", errNotKept, unix.ENOSPC):      unix.ENOSPC,
+		fmt.Errorf("%w: %w", errNotKept, store.ErrRevoked): unix.ENOKEY,
 	} {
 		if got, _ := errno(fmt.Errorf("open x: %w", err)); got != want {
 			t.Errorf("%v: %v, want %v", err, got, want)
 		}
+	}
+	page, err := os.ReadFile("../docs/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := map[string]bool{}
+	for _, m := range regexp.MustCompile(`(?m)^\| .* \| (E[A-Z]+), (.*) \|$`).FindAllStringSubmatch(string(page), -1) {
+		documented[m[1]] = true
+	}
+	given := map[string]bool{"ENOSPC": true, "EIO": true, "EROFS": true} // no cause's alone
+	for _, c := range causes {
+		given[unix.ErrnoName(c.errno)] = true
+	}
+	if !maps.Equal(documented, given) {
+		t.Errorf("docs/architecture.md has %v, the code %v", documented, given)
 	}
 }
 
