@@ -74,6 +74,9 @@ func inspectFile(s *spots, name string) (*inspection, error) {
 		return nil, err
 	}
 	f, info, err := at.openRegular(os.O_RDONLY)
+	if errors.Is(err, errDirectory) {
+		err = withHint(err, "name one file; kmsfs verify -r looks at all files of a tree")
+	}
 	if err != nil {
 		return nil, err
 	}

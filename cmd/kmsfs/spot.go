@@ -138,11 +138,13 @@ func oneLine(name string) string {
 	return name
 }
 
+var errDirectory = errors.New("a directory")
+
 func notRegular(shown string, info os.FileInfo) error {
 	what := "not a regular file"
 	switch {
 	case info.IsDir():
-		return withHint(fmt.Errorf("%s is a directory", shown), "-r takes all files below it")
+		return withHint(fmt.Errorf("%s is %w", shown, errDirectory), "-r takes all files below it")
 	case info.Mode()&os.ModeSymlink != 0:
 		what = "a symbolic link; name the file it leads to"
 	}

@@ -52,6 +52,9 @@ func (u *ui) unseal(c *cli.Context) error {
 		return err
 	}
 	f, info, err := file.openRegular(os.O_RDONLY)
+	if errors.Is(err, errDirectory) {
+		err = withHint(err, "name one file; kmsfs mount shows a whole tree")
+	}
 	if err != nil {
 		return err
 	}
