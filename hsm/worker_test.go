@@ -300,20 +300,30 @@ func TestOddModules(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		orders map[string]string
+		key    string
 		query  string
 	}{
-		{"two sessions", map[string]string{"maxsessions": "2"}, ""},
-		{"three sessions", map[string]string{"maxsessions": "3"}, ""},
-		{"cannot lock", map[string]string{"cantlock": ""}, ""},
-		{"IV written back", map[string]string{"gcm": "param"}, "gcm-iv=param"},
-		{"IV appended", map[string]string{"gcm": "appended"}, "gcm-iv=appended"},
-		{"odd", map[string]string{"odd": "", "noinfo": ""}, ""},
-		{"no GCM", map[string]string{"always-C_EncryptInit": "rv=70", "always-C_DecryptInit": "rv=70"}, ""},
-		{"loud", map[string]string{"once-C_Decrypt": "spam"}, ""},
+		{"two sessions", map[string]string{"maxsessions": "2"}, "aes", ""},
+		{"three sessions", map[string]string{"maxsessions": "3"}, "aes", ""},
+		{"cannot lock", map[string]string{"cantlock": ""}, "aes", ""},
+		{"IV written back", map[string]string{"gcm": "param"}, "aes", "gcm-iv=param"},
+		{"IV appended", map[string]string{"gcm": "appended"}, "aes", "gcm-iv=appended"},
+		{"odd", map[string]string{"odd": "", "noinfo": ""}, "aes", ""},
+		{"no GCM", map[string]string{"always-C_EncryptInit": "rv=70", "always-C_DecryptInit": "rv=70"}, "aes", ""},
+		{"RSA only", map[string]string{"always-C_EncryptInit": "rv=54", "always-C_UnwrapKey": "rv=54"}, "rsa", ""},
+		{"loud", map[string]string{"once-C_Decrypt": "spam"}, "aes", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			f := newFaults(t, softHSM(t))
+			token := softHSM(t)
+			f := newFaults(t, token)
+			other := "other"
+			if c.key == "rsa" {
+				other = "other-rsa"
+				if err := token.Tool("--keypairgen", "--key-type", "rsa:2048", "--label", other, "--id", "04"); err != nil {
+					t.Fatal(err)
+				}
+			}
 			for name, text := range c.orders {
 				f.order(name, text)
 			}
@@ -325,7 +335,7 @@ func TestOddModules(t *testing.T) {
 				query = append(query, c.query)
 			}
 			backendtest.Run(t, backendtest.Harness{
-				Backend: open(t, o), Arena: arena, Key: f.uri("aes", query...), OtherKey: f.uri("other", query...), MaxFlips: 16,
+				Backend: open(t, o), Arena: arena, Key: f.uri(c.key, query...), OtherKey: f.uri(other, query...), MaxFlips: 16,
 			})
 		})
 	}
