@@ -121,34 +121,6 @@ func TestCanonical(t *testing.T) {
 	}
 }
 
-func TestResolve(t *testing.T) {
-	a, b := always(nil), always(nil)
-	backends := map[string]keyring.Backend{"file": a, "pkcs11": b}
-	keys, err := keyring.Resolve([]string{"pkcs11:token=x;object=y", "file:/k"}, backends)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := []keyring.Key{{URI: "pkcs11:token=x;object=y", Backend: b}, {URI: "file:/k", Backend: a}}
-	if !reflect.DeepEqual(keys, want) {
-		t.Errorf("got %v", keys)
-	}
-	for _, c := range []struct {
-		uris []string
-		text string
-	}{
-		{nil, "no key"},
-		{[]string{""}, "file:, pkcs11:"},
-		{[]string{"/etc/key"}, "file:, pkcs11:"},
-		{[]string{"file:"}, "not a URI"},
-		{[]string{"awskms:x"}, `unknown scheme "awskms": known are file:, pkcs11:`},
-		{[]string{"file:/k", "file:/k"}, "twice"},
-	} {
-		if _, err := keyring.Resolve(c.uris, backends); err == nil || !strings.Contains(err.Error(), c.text) {
-			t.Errorf("%q: %v; want it to say %q", c.uris, err, c.text)
-		}
-	}
-}
-
 func TestRetryOnlyWhatMayPass(t *testing.T) {
 	for _, c := range []struct {
 		err   error

@@ -383,44 +383,6 @@ func TestBlobRefused(t *testing.T) {
 	}
 }
 
-func TestRewrap(t *testing.T) {
-	b := newBench(t)
-	want := random(100_000)
-	old := b.seal(sealed.Sealer{Binding: place}, want)
-	next, id := newKey(t), newIdentity(t)
-	elsewhere := keyring.Context{"tree": "shop", "path": "moved"}
-	for _, armored := range []bool{false, true} {
-		s := sealed.Sealer{Keys: []keyring.Key{next}, Recovery: []age.Recipient{id.Recipient()}, Binding: elsewhere, Armor: armored}
-		var out bytes.Buffer
-		if err := s.Rewrap(context.Background(), &out, bytes.NewReader(old), int64(len(old)), b.opener(), place); err != nil {
-			t.Fatal(err)
-		}
-		got, err := b.open(out.Bytes(), elsewhere, next)
-		if err != nil || !bytes.Equal(got, want) {
-			t.Fatalf("under the new key: %v", err)
-		}
-		if _, err := b.open(out.Bytes(), elsewhere); !errors.Is(err, sealed.ErrNoKey) {
-			t.Errorf("under the old key: %v, want ErrNoKey", err)
-		}
-		if _, err := b.open(out.Bytes(), place, next); !errors.Is(err, sealed.ErrMisplaced) {
-			t.Errorf("at the old place: %v, want ErrMisplaced", err)
-		}
-		if got := ageDecrypt(t, out.Bytes(), armored, id); !bytes.Equal(got, want) {
-			t.Error("age opened it to something else")
-		}
-		if n := int(parse(t, old).Size) + 2*16 + 16; !armored && !bytes.Equal(out.Bytes()[out.Len()-n:], old[len(old)-n:]) {
-			t.Error("the payload was changed")
-		}
-	}
-	var out bytes.Buffer
-	bad := bytes.Clone(old)
-	bad[len(bad)-1] ^= 1
-	s := sealed.Sealer{Keys: []keyring.Key{next}}
-	if err := s.Rewrap(context.Background(), &out, bytes.NewReader(bad), int64(len(bad)), b.opener(), place); !errors.Is(err, sealed.ErrTampered) || out.Len() > 0 {
-		t.Errorf("a damaged file got a new header: %v, %d bytes", err, out.Len())
-	}
-}
-
 func TestOpenWithIdentities(t *testing.T) {
 	b := newBench(t)
 	id := newIdentity(t)
