@@ -2,8 +2,8 @@
 // to tmpfs and next to gocryptfs, all measured in one run. Absolute times on a
 // shared machine mean little; the ratios of one run do.
 //
-// It mounts tmpfs, kmsfs (with policy and audit as they are by default) and gocryptfs over
-// the same tree of small files and needs root.
+// It mounts tmpfs, kmsfs (with a rule that is asked at each open, and audit as it is by
+// default) and gocryptfs over the same tree of small files and needs root.
 package main
 
 import (
@@ -163,7 +163,8 @@ func (s *stage) mountKMSFS(name, ttl, audit string) (string, error) {
 		return "", err
 	}
 	key, conf := filepath.Join(dir, "cmk"), filepath.Join(dir, name+".toml")
-	text := fmt.Sprintf("source = %q\nmountpoint = %q\nkeys = [%q]\n\n[plaintext]\nttl = %q\n\n[audit]\n",
+	text := fmt.Sprintf("source = %q\nmountpoint = %q\nkeys = [%q]\n\n[plaintext]\nttl = %q\n\n"+
+		"[[rule]]\npath = \"**\"\nallow = [\"user:root\"]\n\n[audit]\n",
 		src, mnt, "file:"+key, ttl) + strings.Replace(audit, "%q", strconv.Quote(filepath.Join(dir, "audit.jsonl")), 1)
 	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 		return "", err
@@ -173,17 +174,31 @@ func (s *stage) mountKMSFS(name, ttl, audit string) (string, error) {
 			return "", fmt.Errorf("kmsfs %s: %w\n%s", args[0], err, out)
 		}
 	}
+	said, err := os.Create(filepath.Join(dir, "log")) // of interest only if it fails
+	if err != nil {
+		return "", err
+	}
+	defer said.Close()
 	daemon := exec.Command(s.kmsfs, "mount", "-c", conf)
-	daemon.Stderr = os.Stderr
+	daemon.Stderr = said
 	daemon.Env = append(os.Environ(), "KMSFS_RUNTIME_DIR="+filepath.Join(s.work, "run"))
 	daemon.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	if err := daemon.Start(); err != nil {
 		return "", err
 	}
 	s.undo = append(s.undo, func() error {
-		return errors.Join(daemon.Process.Signal(syscall.SIGTERM), daemon.Wait())
+		return failed(said.Name(), errors.Join(daemon.Process.Signal(syscall.SIGTERM), daemon.Wait()))
 	})
-	return mnt, await(mnt)
+	return mnt, failed(said.Name(), await(mnt))
+}
+
+// failed adds to err what the daemon had to say.
+func failed(log string, err error) error {
+	if err == nil {
+		return nil
+	}
+	text, logErr := os.ReadFile(log)
+	return errors.Join(err, logErr, errors.New(string(text)))
 }
 
 func (s *stage) mountGocryptfs() (string, error) {
