@@ -14,7 +14,6 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -213,15 +212,19 @@ type process struct {
 // start runs the test binary in a role until the end of the test.
 func start(t testing.TB, role string, args ...string) *process {
 	t.Helper()
-	return startAs(t, nil, role, args...)
+	return startBy(t, nil, role, args...)
 }
 
-// startAs does so with the rights of a user.
-func startAs(t testing.TB, user *syscall.Credential, role string, args ...string) *process {
+// startBy does so by another command, which gets what to run as its last arguments.
+func startBy(t testing.TB, by []string, role string, args ...string) *process {
 	t.Helper()
-	cmd := exec.Command("/proc/self/exe", args...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
-	cmd.Env = append(os.Environ(), "KMSFS_TEST_CHILD="+role, "GOMAXPROCS=1")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := append(append(by, self), args...)
+	cmd := exec.Command(line[0], line[1:]...)
+	cmd.Env = append(os.Environ(), "KMSFS_TEST_CHILD="+role, "GOMAXPROCS=1", "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

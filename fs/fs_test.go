@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -217,7 +216,7 @@ func TestBlobs(t *testing.T) {
 			if got, err := os.ReadFile(copied); err != nil || string(got) != "secret of cp" {
 				t.Errorf("cp: %q, %v", got, err)
 			}
-			if got := run("python3", "-c", "import sys; print(open(sys.argv[1]).read(), end='')", w.at("python")); got != "secret of python" {
+			if got := run("/usr/bin/python3", "-c", "import sys; print(open(sys.argv[1]).read(), end='')", w.at("python")); got != "secret of python" {
 				t.Errorf("python: %q", got)
 			}
 			m, err := os.Open(w.at("mmap"))
@@ -348,10 +347,11 @@ func TestUnprivileged(t *testing.T) {
 	w := newWorld(t)
 	w.write("f", []byte("text"))
 	w.must(os.Chown(w.mnt, 65534, 65534))
-	device := statOf(t, "/dev/fuse")
-	w.must(os.Chmod("/dev/fuse", 0o666))
-	defer os.Chmod("/dev/fuse", fs.FileMode(device.Mode&0o777))
-	p := startAs(t, &syscall.Credential{Uid: 65534, Gid: 65534}, "mount", w.src, w.mnt)
+	device := filepath.Join(filepath.Dir(w.mnt), "fuse")
+	w.must(unix.Mknod(device, unix.S_IFCHR|0o666, int(unix.Mkdev(10, 229))), os.Chmod(device, 0o666))
+	// Not every system lets ordinary users mount, so give this one a device of his own.
+	p := startBy(t, []string{"unshare", "--mount", "sh", "-c", `mount --bind "$0" /dev/fuse && exec setpriv --reuid 65534 --regid 65534 --clear-groups "$@"`, device},
+		"mount", w.src, w.mnt)
 	for _, want := range []string{`read "text"`, "end <nil>"} {
 		if got := p.line(); got != want {
 			t.Fatalf("%s, want %s", got, want)
@@ -391,11 +391,12 @@ func TestNothingIsLeft(t *testing.T) {
 		return list
 	}
 	cycle()
+	eventually(t, "the end of the first mount", func() bool { return !strings.Contains(stacks(), "kmsfs/fs.(*") })
 	at := open()
 	for range 5 {
 		cycle()
 	}
-	eventually(t, "the same descriptors", func() bool { return slices.Equal(open(), at) })
+	eventually(t, "no more descriptors", func() bool { return len(open()) <= len(at) })
 	eventually(t, "no goroutine of the mounts", func() bool { return !strings.Contains(stacks(), "kmsfs/fs.(*") })
 	if n := len(leftovers(strconv.Itoa(os.Getpid()))); n != 0 {
 		t.Fatalf("%d mounts are left", n)

@@ -53,7 +53,7 @@ func TestMain(m *testing.M) {
 // while it waits for itself.
 func watchdog() (stop func()) {
 	cmd := exec.Command("/proc/self/exe", strconv.Itoa(os.Getpid()))
-	cmd.Env = append(os.Environ(), "KMSFS_TEST_CHILD=watchdog")
+	cmd.Env = append(os.Environ(), "KMSFS_TEST_CHILD=watchdog", "GORACE=atexit_sleep_ms=0")
 	in, err := cmd.StdinPipe()
 	if err == nil {
 		err = cmd.Start()
@@ -120,7 +120,7 @@ func leftovers(pid string) (points []string) {
 }
 
 // patience is how long anything may take before a test gives up on it.
-const patience = 30 * time.Second
+const patience = 60 * time.Second
 
 // A world is a sealed tree with its key, and possibly a mount of it.
 type world struct {

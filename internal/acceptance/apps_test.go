@@ -268,7 +268,7 @@ func trust(cert string) *tls.Config {
 
 // fetch gets a page over TLS from a unix socket and accepts only cert and want.
 func fetch(sock, cert, want string) error {
-	c := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+	c := &http.Client{Timeout: patience / 2, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		TLSClientConfig:   trust(cert),
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -308,12 +308,12 @@ func pgPassword(t *testing.T, tr *tree) string {
 // postgresTLS asks for TLS as the frontend protocol does (SSLRequest) and
 // accepts only cert.
 func postgresTLS(addr, cert string) error {
-	conn, err := net.DialTimeout("tcp", addr, 5*time.Second)
+	conn, err := net.DialTimeout("tcp", addr, patience/2)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(patience / 2)); err != nil {
 		return err
 	}
 	if _, err := conn.Write([]byte{0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f}); err != nil {
@@ -359,12 +359,12 @@ func startOnFreePort(t *testing.T, cmd func(port int) *exec.Cmd, ready func() er
 
 // redis sends commands over one connection; each must be answered with +OK.
 func redis(sock string, commands ...string) error {
-	conn, err := net.DialTimeout("unix", sock, 5*time.Second)
+	conn, err := net.DialTimeout("unix", sock, patience/2)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(patience / 2)); err != nil {
 		return err
 	}
 	r := bufio.NewReader(conn)

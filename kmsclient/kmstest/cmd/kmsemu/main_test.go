@@ -42,7 +42,7 @@ type emulator struct {
 
 func startEmulator(t *testing.T, args ...string) *emulator {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	t.Cleanup(cancel)
 	e := &emulator{t: t, cmd: exec.CommandContext(ctx, os.Args[0], args...)}
 	e.cmd.Env = append(os.Environ(), "KMSEMU_TEST_AS_COMMAND=1")
