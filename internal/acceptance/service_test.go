@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -242,14 +243,19 @@ func TestManyReaders(t *testing.T) {
 	}
 }
 
-// TestHSM reads through a token, kills the process that holds the PKCS#11 module during many opens, and reads on.
+// TestHSM reads through a token while the process that holds the PKCS#11 module is killed
+// or hangs during many opens, and reads on.
 func TestHSM(t *testing.T) {
+	aes := func(tk *hsmtest.Token) string { return tk.AES }
+	rsa := func(tk *hsmtest.Token) string { return tk.RSA }
 	for _, c := range []struct {
-		name string
-		uri  func(*hsmtest.Token) string
+		name   string
+		uri    func(*hsmtest.Token) string
+		signal syscall.Signal
 	}{
-		{"AES-GCM", func(tk *hsmtest.Token) string { return tk.AES }},
-		{"RSA-OAEP", func(tk *hsmtest.Token) string { return tk.RSA }},
+		{"AES-GCM killed", aes, syscall.SIGKILL},
+		{"RSA-OAEP killed", rsa, syscall.SIGKILL},
+		{"AES-GCM hangs", aes, syscall.SIGSTOP},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			token := hsmtest.SoftHSM(t)
@@ -260,28 +266,27 @@ func TestHSM(t *testing.T) {
 			}
 			tr := mountConfig(t, files, config)
 			worker := tr.worker()
+			if c.signal == syscall.SIGSTOP { // before the opens, so that they do meet it
+				signal(t, worker, c.signal)
+			}
 			var wg sync.WaitGroup
-			var mu sync.Mutex
-			failed := 0
+			var failed atomic.Int32
 			for name, want := range files {
 				wg.Go(func() {
-					got, err := os.ReadFile(tr.path(name))
-					if err == nil && string(got) != want {
+					switch got, err := os.ReadFile(tr.path(name)); {
+					case err != nil:
+						failed.Add(1)
+					case string(got) != want:
 						t.Errorf("%s reads wrongly", name)
-					}
-					if err != nil {
-						mu.Lock()
-						failed++
-						mu.Unlock()
 					}
 				})
 			}
-			if err := syscall.Kill(worker, syscall.SIGKILL); err != nil {
-				t.Fatal(err)
+			if c.signal == syscall.SIGKILL {
+				signal(t, worker, c.signal)
 			}
 			wg.Wait()
-			if failed > 4 { // as many as there are sessions
-				t.Errorf("%d of 64 opens failed when the worker was killed", failed)
+			if n := failed.Load(); n > 4 { // as many as there are sessions
+				t.Errorf("%d of 64 opens failed", n)
 			}
 			for name, want := range files {
 				if got, err := os.ReadFile(tr.path(name)); err != nil || string(got) != want {
@@ -289,6 +294,13 @@ func TestHSM(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func signal(t *testing.T, pid int, sig syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(pid, sig); err != nil {
+		t.Fatal(err)
 	}
 }
 
