@@ -38,6 +38,7 @@ func TestMain(m *testing.M) {
 	if role := os.Getenv("KMSFS_TEST_CHILD"); role != "" {
 		os.Exit(child(role, os.Args[1:]))
 	}
+	unix.Umask(0o022) // whatever the shell of whoever runs the tests has
 	calm := watchdog()
 	code := m.Run()
 	calm()

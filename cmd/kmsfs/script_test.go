@@ -31,6 +31,7 @@ func TestMain(m *testing.M) {
 		os.Exit(run(sealArguments(dir)))
 	}
 	_ = os.Setenv("GORACE", quickExit)
+	syscall.Umask(0o022) // whatever the shell of whoever runs the tests has
 	testscript.Main(m, map[string]func(){"kmsfs": main, "mount.fuse.kmsfs": main})
 }
 

@@ -9,6 +9,7 @@ set -euo pipefail
 kmsfs=$(readlink -f "${1:-bin/kmsfs}")
 work=$(mktemp -d /tmp/kmsfs-demo.XXXXXX)
 chmod 755 "$work"
+export KMSFS_RUNTIME_DIR=$work/daemon # whatever other trees there are
 site=$work/etc/nginx # what a site's configuration looks like, with a TLS key in it
 nginx_pid=
 daemon_pid=

@@ -22,12 +22,18 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
+	syscall.Umask(0o022) // whatever the shell of whoever runs the tests has
 	dir, err := os.MkdirTemp("", "kmsfs-acceptance-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	defer os.RemoveAll(dir)
+	// The daemons of other trees on this machine are not ours to meet.
+	if err := os.Setenv("KMSFS_RUNTIME_DIR", filepath.Join(dir, "run")); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	kmsfs = filepath.Join(dir, "kmsfs")
 	if out, err := exec.Command("go", "build", "-o", kmsfs, "kmsfs/cmd/kmsfs").CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "build kmsfs: %v\n%s", err, out)

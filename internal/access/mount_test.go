@@ -38,6 +38,7 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
+	syscall.Umask(0o022) // whatever the shell of whoever runs the tests has
 	if os.Geteuid() != 0 {
 		fmt.Fprintln(os.Stderr, "these tests mount, and become other users: run them as root")
 		return 1

@@ -36,6 +36,7 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
+	unix.Umask(0o022) // whatever the shell of whoever runs the tests has
 	if os.Getuid() != 0 {
 		fmt.Fprintln(os.Stderr, "these tests mount, and search the memory of others: run them as root")
 		return 1
