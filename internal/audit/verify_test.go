@@ -105,6 +105,42 @@ func TestEveryTamperingIsFound(t *testing.T) {
 	}
 }
 
+// Who edits a record and gives it, and some after it, the hashes that fit is found where he
+// stopped: each hash holds all before it.
+func TestForgeryIsFoundWhereItEnds(t *testing.T) {
+	path := writeLog(t, 10)
+	log, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := bytes.Split(bytes.TrimSuffix(log, []byte("\n")), []byte("\n"))
+	for first := 1; first < len(lines)-1; first++ {
+		for last := first; last < len(lines)-1; last++ {
+			forged := slices.Clone(lines)
+			_, _, prev, err := parseLine(lines[first-1])
+			for i := first; err == nil && i <= last; i++ {
+				var body []byte
+				if _, body, _, err = parseLine(lines[i]); err == nil {
+					if i == first {
+						body = bytes.Replace(body, []byte("tls/"), []byte("tmp/"), 1)
+					}
+					prev = link(prev, body)
+					forged[i] = fmt.Appendf(nil, "%s%s%v\"}", body, hashMember, prev)
+				}
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, append(bytes.Join(forged, []byte("\n")), '\n'), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if r := mustVerify(t, path); r.OK() || r.Problems[0].Line != last+2 {
+				t.Fatalf("lines %d to %d forged: %v", first+1, last+1, r.Problems)
+			}
+		}
+	}
+}
+
 // Who recomputes the hashes is found by a head that is out of his reach.
 func TestRewrittenTailDiffersFromHeads(t *testing.T) {
 	path := writeLog(t, 10)
