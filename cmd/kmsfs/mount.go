@@ -342,7 +342,7 @@ func (d *served) prove(ctx context.Context, patience time.Duration) error {
 			return fmt.Errorf("no key works: %w", err)
 		}
 		d.log.Warn("no key service answers yet", "error", err)
-		d.notify("STATUS=waiting for a key service: " + err.Error())
+		d.wellTold(d.notify("STATUS=waiting for a key service: "+err.Error()), time.Second)
 		select {
 		case <-time.After(time.Second):
 		case <-ctx.Done():
@@ -405,7 +405,7 @@ func (d *served) ready() {
 	d.control.Serve(d, d.log)
 	d.serveMetrics()
 	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
-	d.notify("READY=1\nSTATUS=serving " + d.cfg.Mountpoint)
+	d.wellTold(d.notify("READY=1\nSTATUS=serving "+d.cfg.Mountpoint), 10*time.Second)
 	go watchdog(socketPath(d.name), d.stopped)
 	if err := detach(); err != nil {
 		d.log.Warn("cannot detach", "error", err)
@@ -450,8 +450,11 @@ func (d *served) heed(s os.Signal) {
 func (d *served) Revoke(wait time.Duration) (err error) {
 	d.revoking.Store(true)
 	d.because("kmsfs umount")
-	d.notify("STOPPING=1\nSTATUS=revoking")
-	defer func() { d.once.Do(func() { d.result = err; close(d.stopped) }) }()
+	told := d.notify("STOPPING=1\nSTATUS=revoking")
+	defer func() {
+		d.wellTold(told, time.Second)
+		d.once.Do(func() { d.result = err; close(d.stopped) })
+	}()
 	ctx, cancel := context.WithTimeout(context.Background(), max(wait, revokeTime))
 	defer cancel()
 	if wait > 0 {
@@ -505,24 +508,25 @@ func (d *served) warn(text string) {
 	d.warnings = append(d.warnings, text)
 }
 
-// notifyTime is how long systemd may take to listen.
-const notifyTime = time.Second
-
-// notify tells systemd, if that is who started us. One that does not listen, and lets its
-// socket fill up, must not keep access from being revoked.
-func (d *served) notify(state string) {
-	told := make(chan error, 1)
+// notify tells systemd, if that is who started us. It goes on by itself, because one that
+// does not listen, and lets its socket fill up, must not keep access from being revoked.
+func (d *served) notify(state string) (told <-chan struct{}) {
+	done := make(chan struct{})
 	go func() {
-		_, err := daemon.SdNotify(false, state)
-		told <- err
-	}()
-	select {
-	case err := <-told:
-		if err != nil {
+		defer close(done)
+		if _, err := daemon.SdNotify(false, state); err != nil {
 			d.log.Warn("systemd cannot be notified", "error", err)
 		}
-	case <-time.After(notifyTime):
-		d.log.Warn("systemd does not take notifications", "state", state)
+	}()
+	return done
+}
+
+// wellTold waits until systemd has been told, but not for ever.
+func (d *served) wellTold(told <-chan struct{}, limit time.Duration) {
+	select {
+	case <-told:
+	case <-time.After(limit):
+		d.log.Warn("systemd does not take notifications")
 	}
 }
 
