@@ -5,6 +5,7 @@ package hsm_test
 import (
 	"bytes"
 	"log/slog"
+	"maps"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -63,6 +64,9 @@ func open(t testing.TB, o hsm.Options) *hsm.Backend {
 	if o.Timeout == 0 {
 		o.Timeout = 20 * time.Second
 	}
+	env := map[string]string{"GORACE": "atexit_sleep_ms=0"} // the race detector would sleep at the end of each worker
+	maps.Copy(env, o.Env)
+	o.Env = env
 	b, err := hsm.New(o)
 	if err != nil {
 		t.Fatal(err)
