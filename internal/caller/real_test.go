@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -50,7 +51,7 @@ func play(t *testing.T, part string, attr *syscall.SysProcAttr) string {
 		t.Fatal(err)
 	}
 	exe := filepath.Join(openDir(t), "caller.test")
-	if err := os.WriteFile(exe, self, 0o755); err != nil {
+	if err := errors.Join(os.WriteFile(exe, self, 0o755), os.Chmod(exe, 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(exe)
