@@ -80,10 +80,13 @@ vm-boot: deps-boot ## boot, reboot, crash and switch off a Debian 12 with nginx 
 	$(GO) test -tags vm -timeout 40m -count=1 -v ./internal/boot
 
 # Proof
-.PHONY: proof soak
+.PHONY: proof soak takeover-long
 
 proof: deps ## search the running daemon for 1,000 secrets over 10,000 opens of each backend, and a core of it
 	$(GO) test -timeout 60m -count=1 -v ./internal/proof -full
+
+takeover-long: ## kill the daemon 1,000 times while programs read: none may see an error
+	$(GO) test -timeout 60m -count=1 -v -run TestTakeover ./cmd/kmsfs -takeover.kills 1000
 
 soak: deps ## read one file in a loop while it expires, changes and is revoked 10,000 times
 	$(GO) test -timeout 240m -count=1 -v -run TestReaders ./internal/proof -rounds 10000

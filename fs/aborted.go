@@ -10,6 +10,7 @@ import (
 const (
 	notifyInvalInode = 2
 	notifyStore      = 4
+	notifyResend     = 7
 )
 
 // dropAborted makes the kernel drop the pages of nodes when somebody else has aborted the

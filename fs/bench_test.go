@@ -32,16 +32,25 @@ func slurp(b *testing.B, path string, buf []byte) {
 }
 
 // BenchmarkHot opens, stats, reads and closes a 2 KB file: on the mount, and
-// beside it for comparison.
+// beside it for comparison; and on a mount that can be taken over.
 func BenchmarkHot(b *testing.B) {
 	w := newWorld(b)
 	w.seal("f", strings.Repeat("x", 2048))
 	w.mount()
+	noted := newWorld(b)
+	noted.seal("f", strings.Repeat("x", 2048))
+	ledger, err := NewLedger()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer ledger.Close()
+	noted.o.Ledger = ledger
+	noted.mount()
 	plain := filepath.Join(filepath.Dir(w.mnt), "plain")
 	if err := os.WriteFile(plain, make([]byte, 2048), 0o600); err != nil {
 		b.Fatal(err)
 	}
-	for _, c := range []struct{ name, path string }{{"disk", plain}, {"mount", w.at("f")}} {
+	for _, c := range []struct{ name, path string }{{"disk", plain}, {"mount", w.at("f")}, {"noted", noted.at("f")}} {
 		b.Run(c.name, func(b *testing.B) {
 			buf := make([]byte, 4096)
 			b.ReportAllocs()

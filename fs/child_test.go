@@ -40,6 +40,10 @@ func child(role string, args []string) int {
 		return watch(args[0])
 	case "hold":
 		return hold(args[0], args[1])
+	case "serve":
+		return serve(args)
+	case "pages":
+		return readPages(args[0])
 	}
 	fmt.Fprintln(os.Stderr, "unknown role", role)
 	return 2
@@ -223,7 +227,11 @@ func startBy(t testing.TB, by []string, role string, args ...string) *process {
 		t.Fatal(err)
 	}
 	line := append(append(by, self), args...)
-	cmd := exec.Command(line[0], line[1:]...)
+	return startCommand(t, exec.Command(line[0], line[1:]...), role)
+}
+
+func startCommand(t testing.TB, cmd *exec.Cmd, role string) *process {
+	t.Helper()
 	cmd.Env = append(os.Environ(), "KMSFS_TEST_CHILD="+role, "GOMAXPROCS=1", "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()

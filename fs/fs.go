@@ -54,7 +54,8 @@ type Options struct {
 	Tree        string   // name of the tree; part of what files are bound to
 	Source      *os.File // directory of the sealed files, opened before mounting; Mount keeps a duplicate
 	Mountpoint  string   // absolute
-	Device      *os.File // a /dev/fuse descriptor that is mounted already; nil: Mount mounts
+	Device      *os.File // of a predecessor's mount, which is taken over; nil: Mount mounts
+	Ledger      *os.File // where a successor finds what it must know, see [NewLedger]; nil: there will be none
 	AllowOther  bool
 	PageCache   bool          // false: direct I/O, the kernel keeps no copy
 	SealedOnly  bool          // hide plain files
@@ -71,7 +72,8 @@ type Options struct {
 	// removed in the source, from a goroutine of its own. nil: nobody wants to know.
 	Changed func(path string)
 
-	fresh time.Duration // how long a change counts as fresh; 0: freshFor
+	fresh    time.Duration // how long a change counts as fresh; 0: freshFor
+	noResend bool          // for tests: as on a kernel that cannot send requests again
 }
 
 // An Auditor keeps a record; an error refuses the open.
@@ -117,6 +119,13 @@ func (f *FS) SetPolicy(p *policy.Policy) {
 		server.InodeNotify(n.id, -1, 0) // attributes only
 	}
 }
+
+// Device is the connection to the kernel. Whoever keeps it, with [Options].Ledger, lets a
+// successor take over the mount.
+func (f *FS) Device() *os.File { return f.t.device }
+
+// Takeovers is how often the mount was taken over.
+func (f *FS) Takeovers() int { return f.t.past.takeovers }
 
 // Store is what holds the plaintext of this mount, for its counts and for Expire.
 func (f *FS) Store() *store.Store { return f.t.store }
@@ -168,8 +177,11 @@ type tree struct {
 	twin    int           // a detached copy of the mount, or -1; see holdTwin
 	mounts  *mountWatch
 	served  chan struct{} // closed when the connection has ended
+	ledger  *ledger
+	past    past
 
 	refusing atomic.Bool   // no new opens
+	frozen   atomic.Bool   // see [FS.Freeze]
 	opens    gate          // opens being answered
 	replies  gate          // plaintext on its way to the kernel
 	now      chan struct{} // closed when access ends
@@ -217,17 +229,23 @@ func newTree(o Options) (*tree, error) {
 	}
 	p.Scrub = t.scrub
 	t.store = store.New(p)
+	if t.ledger, err = newLedger(o.Ledger, o.Log); err != nil {
+		src.close()
+		return nil, err
+	}
 	t.watch = newWatcher(t)
 	return t, nil
 }
 
 // mount gets a mounted descriptor and answers the kernel's greeting on it.
 func (f *tree) mount() error {
+	if f.o.Device != nil {
+		return f.takeOver()
+	}
 	fd, err := f.descriptor()
 	if err != nil {
 		return err
 	}
-	ours := f.o.Device == nil
 	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
 		_ = unix.Close(fd)
@@ -241,24 +259,15 @@ func (f *tree) mount() error {
 	f.twin = holdTwin(f.o.Mountpoint, f.mountID)
 	server, err := fuse.NewServer(f, "/dev/fd/"+strconv.Itoa(fd), f.serverOptions())
 	if err != nil {
-		if ours {
-			_ = f.detach()
-		}
+		_ = f.detach()
 		return fmt.Errorf("greet the kernel: %w", err)
 	}
 	f.server.Store(server)
-	return nil
+	return f.beginLedger(0, *server.KernelSettings())
 }
 
 // descriptor returns a mounted /dev/fuse that the server may own.
 func (f *tree) descriptor() (int, error) {
-	if f.o.Device != nil {
-		fd, err := unix.FcntlInt(f.o.Device.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-		if err != nil {
-			return -1, fmt.Errorf("duplicate the device: %w", err)
-		}
-		return fd, nil
-	}
 	if err := ClearStale(f.o.Mountpoint); err != nil {
 		return -1, err
 	}
@@ -300,6 +309,7 @@ func (f *tree) start() {
 		close(f.served)
 		_ = f.revoke(context.Background(), false)
 	}()
+	f.settleInherited()
 	f.refusePoll()
 }
 
@@ -329,6 +339,7 @@ func (f *tree) free() {
 	f.dropTwin()
 	f.watch.close()
 	f.src.close()
+	f.ledger.close()
 }
 
 // String names the file system.

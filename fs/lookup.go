@@ -29,6 +29,7 @@ const (
 
 // Lookup finds name in a directory. It reads the source only, never a key.
 func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	f.saw(in.Unique)
 	if f.ended() {
 		return fuse.Status(syscall.ENOKEY)
 	}
@@ -46,6 +47,7 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 		return f.lookupFailed(dir, name, err)
 	}
 	n, before := f.table.adopt(found)
+	f.shortenLedger()
 	if before != nil {
 		f.drop(before)
 	}
@@ -103,6 +105,10 @@ func (f *tree) Forget(id, count uint64) { f.unref(id, count) }
 
 func (f *tree) unref(id, count uint64) {
 	n := f.table.forget(id, count)
+	if n == nil && f.table.idle(id) && f.forgotten(id) {
+		f.table.disown(id)
+		n = f.table.forget(id, 0)
+	}
 	if n == nil {
 		return
 	}
@@ -115,6 +121,7 @@ func (f *tree) unref(id, count uint64) {
 // GetAttr describes a node. Nodes of sealed files answer from what they stand
 // for, so fstat of an open file stays true when its path has moved on.
 func (f *tree) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	f.saw(in.Unique)
 	n := f.table.get(in.NodeId)
 	if n == nil {
 		return fuse.Status(syscall.ESTALE)
@@ -203,6 +210,7 @@ func override(m *matched, mode, uid, gid uint32) (_, _, _ uint32) {
 // Readlink returns the target of a link, which was checked when it was found. A link
 // that has been switched is another node, as a replaced file is.
 func (f *tree) Readlink(_ <-chan struct{}, in *fuse.InHeader) ([]byte, fuse.Status) {
+	f.saw(in.Unique)
 	n := f.table.get(in.NodeId)
 	if n == nil || n.kind != symlink {
 		return nil, fuse.Status(syscall.ESTALE)

@@ -79,6 +79,7 @@ type node struct {
 	retired  atomic.Bool // the path has another node
 
 	rewritten bool // is no sealed file now, but was a moment ago: somebody writes over it
+	inherited bool // the kernel knows it from a predecessor, who knows how often; guarded by table.mu
 
 	settled atomic.Bool            // ver cannot stand for another content any more
 	digest  atomic.Pointer[digest] // of the sealed file
@@ -116,8 +117,10 @@ type digest struct {
 	text string
 }
 
-func digestOf(b []byte) *digest {
-	d := &digest{sum: sha256.Sum256(b)}
+func digestOf(b []byte) *digest { return digestFrom(sha256.Sum256(b)) }
+
+func digestFrom(sum [sha256.Size]byte) *digest {
+	d := &digest{sum: sum}
 	d.text = "sha256:" + hex.EncodeToString(d.sum[:])
 	return d
 }
@@ -188,6 +191,7 @@ type table struct {
 	nodes   map[uint64]*node
 	current map[string]*node
 	last    map[string]*node // what a path had until it was retired; not for long
+	ledger  *ledger          // may be nil
 }
 
 // maxLast bounds table.last.
@@ -249,6 +253,7 @@ func (t *table) adopt(n *node) (now, before *node) {
 	if before == n {
 		return n, nil
 	}
+	t.ledger.write(noteOfNode(n))
 	if before != nil {
 		before.retired.Store(true)
 	}
@@ -264,12 +269,54 @@ func (t *table) forget(id, count uint64) *node {
 	if n == nil || id == rootID {
 		return nil
 	}
-	if n.lookups -= min(count, n.lookups); n.lookups > 0 {
+	if n.lookups -= min(count, n.lookups); n.lookups > 0 || n.inherited {
 		return nil
 	}
+	t.ledger.write(note{Forget: id})
 	delete(t.nodes, id)
 	t.leave(n)
 	return n
+}
+
+// inherit takes over a node of a predecessor.
+func (t *table) inherit(n *node) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.nodes[n.id] = n
+	if n.retired.Load() {
+		return
+	}
+	if before := t.current[n.path]; before != nil {
+		before.retired.Store(true)
+	}
+	t.current[n.path] = n
+}
+
+// disown says that the kernel does not know the inherited node id any more, but
+// by lookups of ours.
+func (t *table) disown(id uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n := t.nodes[id]; n != nil {
+		n.inherited = false
+	}
+}
+
+// idle reports whether id is inherited, and the kernel has no lookup of ours.
+func (t *table) idle(id uint64) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	n := t.nodes[id]
+	return n != nil && n.inherited && n.lookups == 0
+}
+
+// note writes down what has become of n.
+func (t *table) note(n *node) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if t.nodes[n.id] == n {
+		t.ledger.write(noteOfNode(n))
+	}
 }
 
 // leave notes that n is not the node of its path any more.

@@ -23,6 +23,7 @@ import (
 // Open is the only place where access is decided. It never answers ENOSYS, which would
 // make the kernel stop asking. An open that is answered with a handle is on record.
 func (f *tree) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	f.saw(in.Unique)
 	n := f.table.get(in.NodeId)
 	if n == nil {
 		return fuse.Status(syscall.ESTALE)
@@ -38,10 +39,13 @@ func (f *tree) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) 
 	a.wait = wait{f: f, cancel: cancel, tid: in.Pid, until: a.begun.Add(f.o.OpenTimeout)}
 	defer a.wait.stop()
 	h, err := a.open(in)
+	f.stopIfFrozen()
 	if err != nil {
 		return fuse.Status(a.failed(err))
 	}
+	h.unique = in.Unique &^ resentBit
 	out.Fh = f.handles.add(h)
+	f.shortenLedger()
 	switch {
 	case n.kind == plainFile:
 		out.OpenFlags = fuse.FOPEN_NOFLUSH
@@ -93,6 +97,17 @@ func (a *attempt) openSealed(rule *matched) (*handle, error) {
 	if !f.isCurrent(n) {
 		return nil, errStale
 	}
+	p, err := a.decrypt(rule, "allowed")
+	if err != nil {
+		return nil, err
+	}
+	n.handles.Add(1)
+	return &handle{node: n, plaintext: p, fd: -1, who: a.caller, since: a.begun}, nil
+}
+
+// decrypt gets the plaintext of the node, and puts that on record.
+func (a *attempt) decrypt(rule *matched, as string) (*store.Handle, error) {
+	f, n := a.f, a.n
 	p, outcome, err := f.store.Open(&a.wait, n.id, func(ctx context.Context) (*secmem.Buffer, error) {
 		return f.load(ctx, n, rule)
 	})
@@ -104,12 +119,11 @@ func (a *attempt) openSealed(rule *matched) (*handle, error) {
 		p.Close()
 		return nil, err
 	}
-	if err := a.record("allowed", 0); err != nil {
+	if err := a.record(as, 0); err != nil {
 		p.Close()
 		return nil, fmt.Errorf("%w: %w", errNotKept, err)
 	}
-	n.handles.Add(1)
-	return &handle{node: n, plaintext: p, fd: -1, who: a.caller, since: a.begun}, nil
+	return p, nil
 }
 
 // openPlain opens a file that is shown as it is. A rule that names it decides;
@@ -119,9 +133,19 @@ func (a *attempt) openPlain() (*handle, error) {
 	if !a.decision.Allow && a.decision.Rule != "default" {
 		return nil, errDenied
 	}
+	fd, err := f.openSame(n)
+	if err != nil {
+		return nil, err
+	}
+	n.handles.Add(1)
+	return &handle{node: n, fd: fd, who: a.caller, since: a.begun}, nil
+}
+
+// openSame opens the plain file that n stands for.
+func (f *tree) openSame(n *node) (int, error) {
 	fd, err := f.src.open(n.path, unix.O_RDONLY)
 	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", n.path, err)
+		return -1, fmt.Errorf("open %s: %w", n.path, err)
 	}
 	var st unix.Stat_t
 	err = unix.Fstat(fd, &st)
@@ -133,10 +157,9 @@ func (a *attempt) openPlain() (*handle, error) {
 	}
 	if err != nil {
 		_ = unix.Close(fd)
-		return nil, err
+		return -1, err
 	}
-	n.handles.Add(1)
-	return &handle{node: n, fd: fd, who: a.caller, since: a.begun}, nil
+	return fd, nil
 }
 
 // stillPlain fails with errStale when a plain file was sealed in place.
@@ -240,6 +263,7 @@ func (f *tree) learnSize(n *node, size int64) error {
 	}
 	n.size.Store(size)
 	n.exact.Store(true)
+	f.table.note(n)
 	if n.settled.Load() {
 		f.headers.put(n.ver, header{sealed: true, size: size, exact: true})
 	}
@@ -305,8 +329,10 @@ type handle struct {
 	node      *node
 	plaintext *store.Handle // of a sealed file
 	fd        int           // of a plain file, else -1
+	late      *lateContent  // instead of both, when a predecessor has opened it
 	who       *policy.Caller
 	since     time.Time
+	unique    uint64 // of the request that opened it
 }
 
 // handles are numbered; a number is never used twice.
@@ -315,6 +341,9 @@ type handles struct {
 	open map[uint64]*handle
 	last uint64
 	none chan struct{} // closed when open is empty; nil while nobody waits
+
+	ledger *ledger           // may be nil
+	unsure map[uint64]uint64 // by the unique of its request: a handle that may not have been received
 }
 
 func (t *handles) add(h *handle) uint64 {
@@ -325,6 +354,7 @@ func (t *handles) add(h *handle) uint64 {
 	}
 	t.last++
 	t.open[t.last] = h
+	t.ledger.write(noteOfHandle(t.last, h))
 	return t.last
 }
 
@@ -338,6 +368,9 @@ func (t *handles) take(fh uint64) *handle {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	h := t.open[fh]
+	if h != nil {
+		t.ledger.write(note{Close: fh})
+	}
 	delete(t.open, fh)
 	if len(t.open) == 0 && t.none != nil {
 		close(t.none)
@@ -375,19 +408,27 @@ func (t *handles) list() []*handle {
 // Read lends bytes of an open file to the kernel. Plaintext goes from locked
 // memory straight to the device; dest is the server's pooled memory, which is
 // never cleared, and gets bytes of plain files only.
-func (f *tree) Read(_ <-chan struct{}, in *fuse.ReadIn, dest []byte) (fuse.ReadResult, fuse.Status) {
+func (f *tree) Read(cancel <-chan struct{}, in *fuse.ReadIn, dest []byte) (fuse.ReadResult, fuse.Status) {
+	f.saw(in.Unique)
 	h := f.handles.get(in.Fh)
 	if h == nil {
 		return nil, fuse.EBADF
 	}
-	if h.plaintext == nil {
-		return readPlain(h.fd, dest[:min(int(in.Size), len(dest))], int64(in.Offset))
+	plaintext, fd := h.plaintext, h.fd
+	if h.late != nil {
+		var no syscall.Errno
+		if plaintext, fd, no = f.resume(cancel, in, h); no != 0 {
+			return nil, fuse.Status(no)
+		}
+	}
+	if plaintext == nil {
+		return readPlain(fd, dest[:min(int(in.Size), len(dest))], int64(in.Offset))
 	}
 	if !f.replies.enter() {
 		return nil, fuse.Status(syscall.ENOKEY)
 	}
 	h.node.pages.Store(true)
-	b, done, err := h.plaintext.Lend(int64(in.Offset), int(in.Size))
+	b, done, err := plaintext.Lend(int64(in.Offset), int(in.Size))
 	if err != nil {
 		f.replies.leave()
 		no, hint := errno(err)
@@ -449,11 +490,13 @@ func (f *tree) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 
 func (f *tree) closeHandle(h *handle) {
 	left := h.node.handles.Add(-1)
-	if h.plaintext == nil {
+	if h.late != nil {
+		f.closeLate(h, left == 0)
+	} else if h.plaintext == nil {
 		_ = unix.Close(h.fd)
-		return
+	} else {
+		h.plaintext.Close()
 	}
-	h.plaintext.Close()
 	if left == 0 && h.node.retired.Load() {
 		f.store.Drop(h.node.id)
 	}
@@ -464,13 +507,18 @@ type gate struct {
 	mu     sync.Mutex
 	n      int
 	closed bool
+	frozen bool // who wants to enter stays outside for ever
 	idle   chan struct{}
 }
 
 func (g *gate) enter() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.closed {
+	switch {
+	case g.frozen:
+		g.mu.Unlock()
+		select {}
+	case g.closed:
 		return false
 	}
 	g.n++
@@ -489,6 +537,18 @@ func (g *gate) leave() {
 func (g *gate) close() <-chan struct{} {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	return g.shut()
+}
+
+// freeze is close, but keeps who wants to enter waiting.
+func (g *gate) freeze() <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.frozen = true
+	return g.shut()
+}
+
+func (g *gate) shut() <-chan struct{} {
 	if !g.closed {
 		g.closed, g.idle = true, make(chan struct{})
 		if g.n == 0 {

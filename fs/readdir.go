@@ -44,11 +44,21 @@ type dirHandles struct {
 	mu   sync.Mutex
 	open map[uint64]*dirHandle
 	last uint64
+
+	first uint64 // numbers up to this one were given out by predecessors
+}
+
+func (t *dirHandles) put(fh uint64, d *dirHandle) {
+	if t.open == nil {
+		t.open = make(map[uint64]*dirHandle)
+	}
+	t.open[fh] = d
 }
 
 // OpenDir lets the kernel answer from its own list of names when nothing has
 // changed since it got it.
 func (f *tree) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	f.saw(in.Unique)
 	n := f.table.get(in.NodeId)
 	if n == nil || n.kind != directory {
 		return fuse.Status(syscall.ESTALE)
@@ -68,11 +78,8 @@ func (f *tree) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fu
 	}
 	f.dirs.mu.Lock()
 	defer f.dirs.mu.Unlock()
-	if f.dirs.open == nil {
-		f.dirs.open = make(map[uint64]*dirHandle)
-	}
 	f.dirs.last++
-	f.dirs.open[f.dirs.last] = &dirHandle{node: n}
+	f.dirs.put(f.dirs.last, &dirHandle{node: n})
 	out.Fh = f.dirs.last
 	return fuse.OK
 }
@@ -87,15 +94,14 @@ func (f *tree) ReleaseDir(in *fuse.ReleaseIn) {
 // ReadDir lists names. Names are not secret; which of them are shown may depend
 // on the head of the file, never on a key.
 func (f *tree) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
-	f.dirs.mu.Lock()
-	d := f.dirs.open[in.Fh]
-	f.dirs.mu.Unlock()
+	f.saw(in.Unique)
+	d := f.dirHandle(in)
 	if d == nil {
 		return fuse.EBADF
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if in.Offset == 0 {
+	if in.Offset == 0 || d.entries == nil {
 		entries, err := f.list(d.node)
 		if err != nil {
 			return fuse.Status(f.readdirFailed(d.node, err))
@@ -108,6 +114,19 @@ func (f *tree) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryLis
 		}
 	}
 	return fuse.OK
+}
+
+// dirHandle returns the handle of a request. One that a predecessor has given out
+// goes on where it was in the list of names as it is now.
+func (f *tree) dirHandle(in *fuse.ReadIn) *dirHandle {
+	f.dirs.mu.Lock()
+	defer f.dirs.mu.Unlock()
+	d := f.dirs.open[in.Fh]
+	if n := f.table.get(in.NodeId); d == nil && n != nil && n.kind == directory && in.Fh <= f.dirs.first {
+		d = &dirHandle{node: n}
+		f.dirs.put(in.Fh, d)
+	}
+	return d
 }
 
 func (f *tree) readdirFailed(n *node, err error) syscall.Errno {

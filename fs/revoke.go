@@ -34,6 +34,10 @@ func (f *tree) scrub(id uint64) {
 	if n == nil || !n.pages.Load() {
 		return
 	}
+	if n.handles.Load() > 0 { // somebody has it open from before a takeover
+		f.server.Load().InodeNotify(n.id, 0, 0)
+		return
+	}
 	f.overwrite(n)
 	n.pages.Store(false)
 	select {

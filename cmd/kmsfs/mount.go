@@ -55,6 +55,7 @@ func (u *ui) mountCommand() *cli.Command {
 func (u *ui) mount(c *cli.Context) error {
 	cfg, name, err := mountedConfig(c)
 	if err != nil {
+		takeKept().discard(newLog(u.stderr))
 		return err
 	}
 	if err := restartTuned(u.args); err != nil {
@@ -65,11 +66,14 @@ func (u *ui) mount(c *cli.Context) error {
 	if err := secmem.Harden(); err != nil {
 		return fmt.Errorf("harden the process: %w", err)
 	}
-	d := &served{cfg: cfg, name: name, learn: c.Bool("learn"), log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{})}
+	d := &served{cfg: cfg, name: name, learn: c.Bool("learn"), log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{}), kept: takeKept()}
 	defer d.close()
 	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1)
 	if err := d.start(c.Context, waitForKey(c)); err != nil {
+		if d.lock != nil { // else it may be served by somebody
+			d.kept.discard(d.log) // readers shall not wait for what does not come
+		}
 		if c.Context.Err() != nil && errors.Is(err, context.Canceled) {
 			d.log.Info("stopped before anything was mounted")
 			return nil
@@ -187,6 +191,9 @@ type served struct {
 	log   *slog.Logger
 	since time.Time
 
+	kept    *kept // of a predecessor that died; nil: none, or served
+	storing bool  // systemd keeps something of ours
+	ledger  *os.File
 	lock    *treeLock
 	source  *os.File
 	arena   *secmem.Arena
@@ -224,17 +231,11 @@ func (d *served) prepare() error {
 	if err := d.learning(); err != nil {
 		return err
 	}
-	if d.lock, err = lockTree(d.name); err != nil {
+	if d.lock, err = d.lockTree(); err != nil {
 		return err
 	}
-	if err := fs.ClearStale(d.cfg.Mountpoint); err != nil {
-		return mountError(err)
-	}
-	if m, ours, err := coveringMount(d.cfg.Source); err == nil && ours {
-		return withHint(fmt.Errorf("source %s: %w: it lies in the mount at %s", d.cfg.Source, errMounted, m.point), "name the directory of the sealed files, %s", m.source)
-	}
-	if d.source, err = os.OpenFile(d.cfg.Source, os.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
-		return d.cfg.Problem("source", err, "create the directory, or correct its name")
+	if err := d.openSource(); err != nil {
+		return err
 	}
 	if d.arena, err = d.memory(); err != nil {
 		return err
@@ -257,6 +258,35 @@ func (d *served) prepare() error {
 	}
 	d.holdHibernation()
 	return d.openMetrics()
+}
+
+// lockTree waits for a predecessor whose mount we have been handed: it is dying.
+func (d *served) lockTree() (*treeLock, error) {
+	for until := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		lock, err := lockTree(d.name)
+		if err == nil || d.kept == nil || !errors.Is(err, errMounted) || time.Now().After(until) {
+			return lock, err
+		}
+	}
+}
+
+// openSource holds the directory of the sealed files, which the mount may then cover.
+// A mount that is taken over may cover it already: then the predecessor holds it.
+func (d *served) openSource() (err error) {
+	if d.kept != nil {
+		d.source, err = d.kept.openSource(d.cfg.Source)
+		return err
+	}
+	if err := fs.ClearStale(d.cfg.Mountpoint); err != nil {
+		return mountError(err)
+	}
+	if m, ours, err := coveringMount(d.cfg.Source); err == nil && ours {
+		return withHint(fmt.Errorf("source %s: %w: it lies in the mount at %s", d.cfg.Source, errMounted, m.point), "name the directory of the sealed files, %s", m.source)
+	}
+	if d.source, err = os.OpenFile(d.cfg.Source, os.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
+		return d.cfg.Problem("source", err, "create the directory, or correct its name")
+	}
+	return nil
 }
 
 // checkImplemented refuses what a configuration may say but this version does not do.
@@ -323,7 +353,7 @@ func (d *served) holdHibernation() {
 // prove lets a key service show that one key works. It waits for one that is not
 // there yet, and says meanwhile what it waits for.
 func (d *served) prove(ctx context.Context, patience time.Duration) error {
-	if d.cfg.Lazy {
+	if d.cfg.Lazy || d.kept != nil { // readers of a mount that is there must not wait for a key
 		go d.proveLater()
 		return nil
 	}
@@ -378,13 +408,19 @@ func (d *served) mount(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	var err error
-	if d.fs, err = fs.Mount(ctx, o); err != nil {
+	if err := d.mountOrTake(ctx, o); err != nil {
 		err = mountError(err)
 		d.record("mount", "", err)
 		return err
 	}
-	d.record("mount", map[bool]string{true: "learning"}[d.learn], nil)
+	reasons := []string{}
+	if n := d.fs.Takeovers(); n > 0 {
+		reasons = append(reasons, "taken over")
+	}
+	if d.learn {
+		reasons = append(reasons, "learning")
+	}
+	d.record("mount", strings.Join(reasons, ", "), nil)
 	return nil
 }
 
@@ -435,6 +471,8 @@ func (d *served) heed(s os.Signal) {
 	switch {
 	case s == syscall.SIGHUP:
 		d.log.Warn("reloading is not implemented in this version; restart to read the configuration again")
+	case s == syscall.SIGUSR1:
+		go d.handOver()
 	case d.revoking.Swap(true):
 		d.log.Warn("second signal: not waiting any longer", "signal", s.String())
 		go func() { _ = d.Revoke(0) }()
@@ -451,8 +489,10 @@ func (d *served) Revoke(wait time.Duration) (err error) {
 	d.revoking.Store(true)
 	d.because("kmsfs umount")
 	told := d.notify("STOPPING=1\nSTATUS=revoking")
+	dropped := d.dropKept()
 	defer func() {
 		d.wellTold(told, time.Second)
+		d.wellTold(dropped, time.Second)
 		d.once.Do(func() { d.result = err; close(d.stopped) })
 	}()
 	ctx, cancel := context.WithTimeout(context.Background(), max(wait, revokeTime))
@@ -471,7 +511,7 @@ func (d *served) Revoke(wait time.Duration) (err error) {
 func (d *served) Status() control.Status {
 	s := control.Status{
 		Name: d.cfg.Name, Config: d.cfg.File, Source: d.cfg.Source, Mountpoint: d.cfg.Mountpoint,
-		PID: os.Getpid(), Version: version, State: "serving", Since: d.since, Learning: d.learn,
+		PID: os.Getpid(), Version: version, State: "serving", Since: d.since, Takeovers: d.fs.Takeovers(), Learning: d.learn,
 		Open: []control.Open{}, Keys: []control.Key{}, Warnings: append([]string{}, d.warnings...),
 	}
 	if d.revoking.Load() {
@@ -508,24 +548,37 @@ func (d *served) warn(text string) {
 	d.warnings = append(d.warnings, text)
 }
 
-// notify tells systemd, if that is who started us. It goes on by itself, because one that
+// notify tells systemd, if that is who started us.
+func (d *served) notify(state string) (told <-chan struct{}) { return notify(d.log, state) }
+
+// notify sends messages to systemd, in this order. It goes on by itself, because one that
 // does not listen, and lets its socket fill up, must not keep access from being revoked.
-func (d *served) notify(state string) (told <-chan struct{}) {
+func notify(log *slog.Logger, states ...string) (told <-chan struct{}) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if _, err := daemon.SdNotify(false, state); err != nil {
-			d.log.Warn("systemd cannot be notified", "error", err)
+		for _, state := range states {
+			if _, err := daemon.SdNotify(false, state); err != nil {
+				log.Warn("systemd cannot be notified", "error", err)
+			}
 		}
 	}()
 	return done
 }
 
-// wellTold waits until systemd has been told, but not for ever.
-func (d *served) wellTold(told <-chan struct{}, limit time.Duration) {
+// heard reports whether systemd took what it was told within limit.
+func heard(told <-chan struct{}, limit time.Duration) bool {
 	select {
 	case <-told:
+		return true
 	case <-time.After(limit):
+		return false
+	}
+}
+
+// wellTold waits until systemd has been told, but not for ever.
+func (d *served) wellTold(told <-chan struct{}, limit time.Duration) {
+	if !heard(told, limit) {
 		d.log.Warn("systemd does not take notifications")
 	}
 }

@@ -27,6 +27,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == hsm.WorkerVerb {
 		os.Exit(hsm.WorkerMain())
 	}
+	if role := os.Getenv(readerChild); role != "" {
+		os.Exit(beReader(role, os.Args[1]))
+	}
 	if dir := os.Getenv(sealChild); dir != "" {
 		os.Exit(run(sealArguments(dir)))
 	}

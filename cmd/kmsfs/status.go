@@ -154,6 +154,9 @@ func printStatus(w io.Writer, s *control.Status, now time.Time) {
 		line("config", "%s", s.Config)
 	}
 	line("since", "%s (%s), pid %d, version %s", s.Since.Format(time.DateTime), ago(now, s.Since), s.PID, s.Version)
+	if s.Takeovers > 0 {
+		line("", "taken over %s from a daemon that ended", count(s.Takeovers, "time"))
+	}
 	for _, k := range s.Keys {
 		line("key", "%s", k.URI)
 		line("", "%s", keyState(k, now))

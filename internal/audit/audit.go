@@ -61,7 +61,7 @@ type Record struct {
 	Container string        `json:"container,omitempty"`
 	Rule      string        `json:"rule,omitempty"`
 	Reason    string        `json:"reason,omitempty"`
-	Outcome   string        `json:"outcome"`         // of an open "allowed", "denied", "failed" or "stale"; else "ok" or what went wrong
+	Outcome   string        `json:"outcome"`         // of an open "allowed", "denied", "failed", "stale" or "resumed" (read on after a takeover); else "ok" or what went wrong
 	Errno     string        `json:"errno,omitempty"` // "EACCES"
 	Code      string        `json:"code,omitempty"`  // of the key service's refusal, in its words
 	CMK       string        `json:"cmk,omitempty"`

@@ -23,6 +23,7 @@ type Status struct {
 	Version    string    `json:"version"`
 	State      string    `json:"state"` // "serving", "revoking"
 	Since      time.Time `json:"since"`
+	Takeovers  int       `json:"takeovers"`         // how often a successor went on after a crash or an upgrade
 	Learning   bool      `json:"learning"`          // the rules refuse nothing
 	Metrics    string    `json:"metrics,omitempty"` // loopback address that answers with them
 	Open       []Open    `json:"open"`

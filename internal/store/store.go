@@ -214,6 +214,27 @@ func (s *Store) Drop(id uint64) {
 	s.settle(e)
 }
 
+// Scrub calls [Options].Scrub for an id that others may have copies of from before
+// this store. Opens of the id wait meanwhile. Where the store has the id itself, the copies
+// go when it is wiped.
+func (s *Store) Scrub(id uint64) {
+	s.mu.Lock()
+	if e := s.entries[id]; s.revoked || e != nil {
+		if e != nil {
+			e.shown = true
+		}
+		s.mu.Unlock()
+		return
+	}
+	e := &entry{id: id, shown: true}
+	s.entries[id] = e
+	s.beginRetire(e)
+	s.tasks.Add(1)
+	s.mu.Unlock()
+	defer s.tasks.Done()
+	s.scrub(e)
+}
+
 // Stats describe a store at one moment.
 type Stats struct {
 	Entries, Idle, Handles                            int

@@ -103,11 +103,15 @@ systemctl restart kmsfs@shop
 await systemctl -q is-active app
 await test -e /run/app/started
 
-step 'a crash: the tree comes back, and the application with it'
+step 'a crash: readers go on, and an application with the drop-in is restarted'
+exec 8</srv/shop/password
 kill -9 "$(prop kmsfs@shop MainPID)"
 again() { [ "$(prop kmsfs@shop NRestarts)" = 1 ] && systemctl -q is-active kmsfs@shop app; }
+is "$(cat /srv/shop/password)" 'correct horse' # whether there is a successor yet or not
 await again
-is "$(cat /srv/shop/password)" 'correct horse'
+is "$(cat <&8)" 'correct horse'
+exec 8<&-
+kmsfs status shop | grep 'taken over 1 time '
 await grep -q 'correct horse' /run/app/read # in a mount namespace of its own
 is "$(mounts)" /srv/shop
 [ ! -e /run/app/errors ] || { cat /run/app/errors; false; }
@@ -117,15 +121,17 @@ pid=$(prop kmsfs@shop MainPID)
 app=$(prop app MainPID)
 exec 8</srv/shop/password
 dpkg -i new.deb | tee upgrade.log
-grep -q 'systemctl restart kmsfs@shop.service' upgrade.log
+grep -q 'kmsfs@shop.service goes on with the new version' upgrade.log
+version() { kmsfs status --json shop | sed 's/.*"version": *"\([^"]*\)".*/\1/'; }
+upgraded() { [ "$(version)" = "$(cat new.version)" ]; }
+await upgraded
+kmsfs status shop | grep 'taken over 2 times '
 is "$(prop kmsfs@shop MainPID)" "$pid"
 is "$(prop app MainPID)" "$app"
 is "$(cat <&8)" 'correct horse'
 exec 8<&-
 is "$(cat /srv/shop/password)" 'correct horse'
 [ ! -e /run/app/errors ] || { cat /run/app/errors; false; }
-version() { kmsfs status --json shop | sed 's/.*"version": *"\([^"]*\)".*/\1/'; }
-is "$(version)" "$(cat old.version)"
 systemctl restart kmsfs@shop
 is "$(version)" "$(cat new.version)"
 is "$(cat /srv/shop/password)" 'correct horse'
