@@ -92,6 +92,11 @@ func (d *served) start(ctx context.Context, patience time.Duration) error {
 	if err := d.prove(ctx, patience); err != nil {
 		return err
 	}
+	// A dead mount is cleared last: what lies below one over its own source is
+	// ciphertext, which a program could take for its content.
+	if err := d.openSource(); err != nil {
+		return err
+	}
 	return d.mount(ctx)
 }
 
@@ -234,7 +239,7 @@ func (d *served) prepare() error {
 	if d.lock, err = d.lockTree(); err != nil {
 		return err
 	}
-	if err := d.openSource(); err != nil {
+	if err := d.checkSource(); err != nil {
 		return err
 	}
 	if d.arena, err = d.memory(); err != nil {
@@ -268,6 +273,22 @@ func (d *served) lockTree() (*treeLock, error) {
 			return lock, err
 		}
 	}
+}
+
+// checkSource refuses a source that cannot be one. One below a dead mount shows only
+// when that is cleared.
+func (d *served) checkSource() error {
+	if d.kept != nil {
+		return nil
+	}
+	st, err := os.Stat(d.cfg.Source)
+	if err == nil && !st.IsDir() {
+		err = &os.PathError{Op: "open", Path: d.cfg.Source, Err: unix.ENOTDIR}
+	}
+	if err == nil || errors.Is(err, unix.ENOTCONN) {
+		return nil
+	}
+	return d.cfg.Problem("source", err, "create the directory, or correct its name")
 }
 
 // openSource holds the directory of the sealed files, which the mount may then cover.
