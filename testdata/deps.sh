@@ -5,7 +5,7 @@
 set -eu
 
 packages='
-	gcc libc6-dev git ca-certificates curl procps gdb
+	gcc libc6-dev make git ca-certificates openssl curl procps gdb
 	fuse3 age gocryptfs logrotate
 	softhsm2 opensc libnss3 libnss3-tools opencryptoki
 	nginx-light redis-server postgresql openssh-server openssh-client
