@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kmsfs/internal/mountinfo"
 	"kmsfs/internal/policy"
 )
 
@@ -337,7 +338,7 @@ func TestStaleMounts(t *testing.T) {
 	w.must(unix.Mount("none", w.mnt, "tmpfs", 0, "size=4k"))
 	defer unix.Unmount(w.mnt, unix.MNT_DETACH)
 	w.must(ClearStale(w.mnt))
-	if all, err := readMounts("/proc/self/mountinfo"); err != nil || !slices.ContainsFunc(all, func(m mountEntry) bool { return m.point == w.mnt && m.kind == "tmpfs" }) {
+	if all, err := mountinfo.Read(mountinfo.Self); err != nil || !slices.ContainsFunc(all, func(m mountinfo.Mount) bool { return m.Point == w.mnt && m.Type == "tmpfs" }) {
 		t.Fatalf("somebody else's mount is gone: %v", err)
 	}
 }
@@ -358,7 +359,7 @@ func TestUnprivileged(t *testing.T) {
 		}
 	}
 	before(t, "the end of the daemon", p.ended)
-	if all, err := readMounts("/proc/self/mountinfo"); err != nil || slices.ContainsFunc(all, func(m mountEntry) bool { return m.point == w.mnt }) {
+	if all, err := mountinfo.Read(mountinfo.Self); err != nil || slices.ContainsFunc(all, func(m mountinfo.Mount) bool { return m.Point == w.mnt }) {
 		t.Fatalf("the mount is left: %v", err)
 	}
 }

@@ -27,6 +27,7 @@ import (
 	"kmsfs/internal/caller"
 	"kmsfs/internal/keyring"
 	"kmsfs/internal/localkey"
+	"kmsfs/internal/mountinfo"
 	"kmsfs/internal/policy"
 	"kmsfs/internal/sealed"
 	"kmsfs/internal/secmem"
@@ -108,13 +109,13 @@ func watch(pid string) int {
 
 // leftovers lists mounts of ours below the directory for temporary files.
 func leftovers(pid string) (points []string) {
-	all, err := readMounts("/proc/self/mountinfo")
+	all, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
 		return []string{err.Error()}
 	}
 	for _, m := range all {
-		if m.kind == mountType && strings.HasPrefix(m.point, os.TempDir()+"/") && strings.Contains(m.point, "/kmsfs-fs-"+pid+"-") {
-			points = append(points, m.point)
+		if m.Type == mountType && strings.HasPrefix(m.Point, os.TempDir()+"/") && strings.Contains(m.Point, "/kmsfs-fs-"+pid+"-") {
+			points = append(points, m.Point)
 		}
 	}
 	return points

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/internal/mountinfo"
 )
 
 // ErrMounted reports that a live kmsfs mount is at the mountpoint already.
@@ -27,12 +29,12 @@ const probeTimeout = 2 * time.Second
 // gives an error wrapping [ErrMounted]; any other file system is left alone.
 func ClearStale(mountpoint string) error {
 	for range 16 {
-		all, err := readMounts("/proc/self/mountinfo")
+		all, err := mountinfo.Read(mountinfo.Self)
 		if err != nil {
 			return err
 		}
 		top, ok := topMount(all, filepath.Clean(mountpoint))
-		if !ok || top.kind != mountType {
+		if !ok || top.Type != mountType {
 			return nil
 		}
 		err = probe(mountpoint)

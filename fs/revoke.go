@@ -11,6 +11,8 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"kmsfs/internal/mountinfo"
 )
 
 // How long each step of a revocation may take until the connection is aborted. Together
@@ -173,23 +175,23 @@ func (f *tree) detach() error {
 	if f.mountID == 0 {
 		return nil
 	}
-	all, err := readMounts("/proc/self/mountinfo")
+	all, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
 		return err
 	}
 	for _, m := range all {
-		if m.id != f.mountID || m.dev != f.dev.Load() {
+		if m.ID != f.mountID || m.Dev != f.dev.Load() {
 			continue
 		}
-		if top, ok := topMount(all, m.point); !ok || top.id != m.id {
-			return fmt.Errorf("unmount %s: another mount lies over it", m.point)
+		if top, ok := topMount(all, m.Point); !ok || top.ID != m.ID {
+			return fmt.Errorf("unmount %s: another mount lies over it", m.Point)
 		}
-		err := unix.Unmount(m.point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		err := unix.Unmount(m.Point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 		if errors.Is(err, unix.EPERM) {
-			err = unmountUnprivileged(m.point)
+			err = unmountUnprivileged(m.Point)
 		}
 		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) { // gone meanwhile
-			return fmt.Errorf("unmount %s: %w", m.point, err)
+			return fmt.Errorf("unmount %s: %w", m.Point, err)
 		}
 	}
 	return nil
@@ -283,20 +285,20 @@ func (f *tree) closeHandles() {
 // locate finds our mount in the mount table: the uppermost at the mountpoint,
 // which was looked at before anybody could cover it.
 func (f *tree) locate() error {
-	all, err := readMounts("/proc/self/mountinfo")
+	all, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
 		return err
 	}
 	m, ok := topMount(all, f.o.Mountpoint)
-	if !ok || m.kind != mountType {
+	if !ok || m.Type != mountType {
 		if f.o.Device != nil {
 			f.o.Log.Warn("the mount is not to be seen from here: an unmount by hand will go unnoticed", "mountpoint", f.o.Mountpoint)
 			return nil
 		}
 		return fmt.Errorf("mount %s: it is not in the mount table", f.o.Mountpoint)
 	}
-	f.mountID = m.id
-	f.dev.Store(m.dev)
+	f.mountID = m.ID
+	f.dev.Store(m.Dev)
 	return nil
 }
 
@@ -336,7 +338,7 @@ func watchMounts(f *tree) *mountWatch {
 		return nil
 	}
 	w := &mountWatch{wake: wake, ended: make(chan struct{})}
-	table, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	table, err := unix.Open(mountinfo.Self, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		_ = unix.Close(wake)
 		f.o.Log.Warn("cannot watch the mount table: an unmount by hand will go unnoticed", "err", err)
@@ -372,12 +374,12 @@ func (w *mountWatch) stop() {
 
 // mounted reports whether our mount is still in the namespace.
 func (f *tree) mounted() bool {
-	all, err := readMounts("/proc/self/mountinfo")
+	all, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
 		return true
 	}
 	for _, m := range all {
-		if m.id == f.mountID && m.dev == f.dev.Load() {
+		if m.ID == f.mountID && m.Dev == f.dev.Load() {
 			return true
 		}
 	}

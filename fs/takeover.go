@@ -17,6 +17,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
+	"kmsfs/internal/mountinfo"
 	"kmsfs/internal/policy"
 	"kmsfs/internal/store"
 )
@@ -92,16 +93,16 @@ func (f *tree) recognize(m *mountNote) error {
 	case f.o.AllowOther != m.AllowOther:
 		return errors.New("allow_other has changed")
 	}
-	all, err := readMounts("/proc/self/mountinfo")
+	all, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
 		return err
 	}
 	for _, e := range all {
-		if e.dev == m.Dev && e.kind == mountType && e.point == filepath.Clean(f.o.Mountpoint) {
-			f.dev.Store(e.dev)
-			f.mountID = e.id
-			if top, ok := topMount(all, e.point); ok && top.id == e.id {
-				f.twin = holdTwin(e.point, e.id)
+		if e.Dev == m.Dev && e.Type == mountType && e.Point == filepath.Clean(f.o.Mountpoint) {
+			f.dev.Store(e.Dev)
+			f.mountID = e.ID
+			if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {
+				f.twin = holdTwin(e.Point, e.ID)
 			}
 			return nil
 		}
@@ -457,13 +458,13 @@ func Discard(device, ledgerFile *os.File) error {
 
 // detachDead takes every mount of the connection out of the namespace.
 func (f *tree) detachDead() error {
-	all, err := readMounts("/proc/self/mountinfo")
+	all, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
 		return err
 	}
 	for _, m := range all {
-		if m.kind == mountType && m.dev == f.dev.Load() {
-			f.mountID = m.id
+		if m.Type == mountType && m.Dev == f.dev.Load() {
+			f.mountID = m.ID
 			err = errors.Join(err, f.detach())
 		}
 	}

@@ -19,6 +19,7 @@ import (
 	"kmsfs/internal/caller"
 	"kmsfs/internal/keyring"
 	"kmsfs/internal/localkey"
+	"kmsfs/internal/mountinfo"
 	"kmsfs/internal/sealed"
 	"kmsfs/internal/secmem"
 	"kmsfs/internal/store"
@@ -345,7 +346,7 @@ func TestNotTaken(t *testing.T) {
 			serveWorld(w, first, spoil(w, first)...).says("not taken <nil>")
 			old.page(0)
 			old.says(`"" ENOTCONN`)
-			all, err := readMounts("/proc/self/mountinfo")
+			all, err := mountinfo.Read(mountinfo.Self)
 			w.must(err)
 			if m, ok := topMount(all, w.mnt); ok {
 				t.Errorf("still mounted: %v", m)

@@ -302,7 +302,7 @@ func (d *served) openSource() (err error) {
 		return mountError(err)
 	}
 	if m, ours, err := coveringMount(d.cfg.Source); err == nil && ours {
-		return withHint(fmt.Errorf("source %s: %w: it lies in the mount at %s", d.cfg.Source, errMounted, m.point), "name the directory of the sealed files, %s", m.source)
+		return withHint(fmt.Errorf("source %s: %w: it lies in the mount at %s", d.cfg.Source, errMounted, m.Point), "name the directory of the sealed files, %s", m.Source)
 	}
 	if d.source, err = os.OpenFile(d.cfg.Source, os.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
 		return d.cfg.Problem("source", err, "create the directory, or correct its name")

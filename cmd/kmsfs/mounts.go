@@ -1,103 +1,52 @@
 package main
 
 import (
-	"bufio"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/internal/mountinfo"
 )
 
 // mountType is what mountinfo calls our mounts.
-const mountType = "fuse.kmsfs"
+const mountType = mountinfo.KMSFS
 
-// A mountEntry is one line of /proc/self/mountinfo.
-type mountEntry struct {
-	point  string
-	fstype string
-	source string
-	minor  uint32 // of its device: names a FUSE connection
-}
-
-// mounts lists what is mounted, in the order in which it was, from the one place
-// that never asks a file system, which may be dead.
-func mounts() ([]mountEntry, error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return nil, fmt.Errorf("list mounts: %w", err)
-	}
-	defer f.Close()
-	return parseMounts(f)
-}
-
-func parseMounts(r io.Reader) ([]mountEntry, error) {
-	var all []mountEntry
-	lines := bufio.NewScanner(r)
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
-		left, right, ok := strings.Cut(lines.Text(), " - ")
-		before, after := strings.Fields(left), strings.Fields(right)
-		if !ok || len(before) < 5 || len(after) < 1 {
-			continue
-		}
-		e := mountEntry{point: unescape(before[4]), fstype: after[0]}
-		if len(after) > 1 {
-			e.source = unescape(after[1])
-		}
-		if _, minor, ok := strings.Cut(before[2], ":"); ok {
-			n, _ := strconv.ParseUint(minor, 10, 32)
-			e.minor = uint32(n)
-		}
-		all = append(all, e)
-	}
-	return all, lines.Err()
-}
-
-// unescape undoes the octal escapes of mountinfo.
-func unescape(s string) string {
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
-}
+// mounts lists what is mounted.
+func mounts() ([]mountinfo.Mount, error) { return mountinfo.Read(mountinfo.Self) }
 
 // mountAt returns what is on top at exactly path.
-func mountAt(path string) (mountEntry, bool, error) {
-	all, err := mounts()
-	for i := len(all) - 1; i >= 0; i-- {
-		if all[i].point == path {
-			return all[i], true, nil
+func mountAt(path string) (mountinfo.Mount, bool, error) {
+	return lastMountAt(mountinfo.Self, path)
+}
+
+func lastMountAt(table, path string) (mountinfo.Mount, bool, error) {
+	all, err := mountinfo.Read(table)
+	for _, m := range slices.Backward(all) {
+		if m.Point == path {
+			return m, true, nil
 		}
 	}
-	return mountEntry{}, false, err
+	return mountinfo.Mount{}, false, err
 }
 
 // coveringMount returns the mount of ours that path lies in, if any.
-func coveringMount(path string) (mountEntry, bool, error) {
+func coveringMount(path string) (mountinfo.Mount, bool, error) {
 	all, err := mounts()
 	if err != nil {
-		return mountEntry{}, false, err
+		return mountinfo.Mount{}, false, err
 	}
-	var best mountEntry
+	var best mountinfo.Mount
 	for _, m := range all {
-		if within(m.point, path) && len(m.point) >= len(best.point) {
+		if within(m.Point, path) && len(m.Point) >= len(best.Point) {
 			best = m
 		}
 	}
-	return best, best.fstype == mountType, nil
+	return best, best.Type == mountType, nil
 }
 
 // within reports whether path is dir or lies beneath it.
@@ -171,7 +120,7 @@ func openBelowMount(point string) (*os.File, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !found || m.fstype != mountType {
+		if !found || m.Type != mountType {
 			break
 		}
 		if err := unix.Unmount(point, unix.MNT_DETACH); err != nil {
@@ -186,19 +135,8 @@ func openBelowMount(point string) (*os.File, error) {
 }
 
 // threadMountAt is mountAt in the namespace of the calling thread.
-func threadMountAt(point string) (mountEntry, bool, error) {
-	f, err := os.Open("/proc/thread-self/mountinfo")
-	if err != nil {
-		return mountEntry{}, false, fmt.Errorf("list mounts: %w", err)
-	}
-	defer f.Close()
-	all, err := parseMounts(f)
-	for i := len(all) - 1; i >= 0; i-- {
-		if all[i].point == point {
-			return all[i], true, err
-		}
-	}
-	return mountEntry{}, false, err
+func threadMountAt(point string) (mountinfo.Mount, bool, error) {
+	return lastMountAt("/proc/thread-self/mountinfo", point)
 }
 
 func hiddenError(point string, err error) error {

@@ -107,9 +107,9 @@ func unmountBelow(t *testing.T, dir string) {
 		t.Error(err)
 	}
 	for _, m := range all {
-		if within(dir, m.point) {
-			_ = unix.Unmount(m.point, unix.MNT_DETACH)
-			t.Errorf("the script left %s mounted", m.point)
+		if within(dir, m.Point) {
+			_ = unix.Unmount(m.Point, unix.MNT_DETACH)
+			t.Errorf("the script left %s mounted", m.Point)
 		}
 	}
 }
@@ -140,7 +140,7 @@ func mounted(ts *testscript.TestScript, neg bool, args []string) {
 	is := func() bool {
 		m, found, err := mountAt(dir)
 		ts.Check(err)
-		return found && m.fstype == mountType
+		return found && m.Type == mountType
 	}
 	if neg {
 		if is() {

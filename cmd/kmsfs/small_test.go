@@ -3,21 +3,9 @@ package main
 import (
 	"bytes"
 	"log/slog"
-	"slices"
 	"strings"
 	"testing"
 )
-
-func TestParseMounts(t *testing.T) {
-	all, err := parseMounts(strings.NewReader(
-		"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n" +
-			"42 22 0:39 / /mnt/a\\040b ro - fuse.kmsfs /etc/a\\134b ro,allow_other\n" +
-			"short line\n"))
-	want := []mountEntry{{point: "/", fstype: "ext4", source: "/dev/sda1", minor: 1}, {point: "/mnt/a b", fstype: "fuse.kmsfs", source: `/etc/a\b`, minor: 39}}
-	if err != nil || !slices.Equal(all, want) {
-		t.Errorf("got %+v, %v", all, err)
-	}
-}
 
 func TestWithin(t *testing.T) {
 	for _, c := range []struct {

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"kmsfs/internal/mountinfo"
 )
 
 // A spot is one file or directory, named beneath a directory that is held open,
@@ -54,24 +56,24 @@ func (s *spots) find(shown string) (*spot, error) {
 	if err != nil {
 		return nil, err
 	}
-	rel := relative(m.point, real)
+	rel := relative(m.Point, real)
 	return &spot{root, rel, shown, filepath.Join(source, rel)}, nil
 }
 
 // source opens the directory of sealed files behind a mount of ours.
-func (s *spots) source(m mountEntry) (*os.Root, string, error) {
-	source, err := realPath(m.source)
+func (s *spots) source(m mountinfo.Mount) (*os.Root, string, error) {
+	source, err := realPath(m.Source)
 	if err != nil {
-		return nil, "", fmt.Errorf("open the source of %s: %w", m.point, err)
+		return nil, "", fmt.Errorf("open the source of %s: %w", m.Point, err)
 	}
-	if source != m.point {
+	if source != m.Point {
 		root, err := s.open(source)
 		return root, source, err
 	}
-	if root := s.hidden[m.point]; root != nil {
+	if root := s.hidden[m.Point]; root != nil {
 		return root, source, nil
 	}
-	dir, err := openHidden(m.point)
+	dir, err := openHidden(m.Point)
 	if err != nil {
 		return nil, "", err
 	}
@@ -81,7 +83,7 @@ func (s *spots) source(m mountEntry) (*os.Root, string, error) {
 		if s.hidden == nil {
 			s.hidden = map[string]*os.Root{}
 		}
-		s.hidden[m.point] = root
+		s.hidden[m.Point] = root
 	}
 	return root, source, err
 }

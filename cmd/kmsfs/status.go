@@ -48,7 +48,7 @@ func (u *ui) statusOf(ctx context.Context, arg string, asJSON bool) error {
 	}
 	s, err := control.Dial(socketPath(t.name)).Status(ctx)
 	if errors.Is(err, control.ErrNoDaemon) {
-		if m, found, _ := mountAt(t.point); found && m.fstype == mountType && isDead(t.point) {
+		if m, found, _ := mountAt(t.point); found && m.Type == mountType && isDead(t.point) {
 			return withHint(fmt.Errorf("%s is mounted, but its daemon is gone: %w", t.point, errUnhealthy), "kmsfs umount %s", quote(t.point))
 		}
 		return fmt.Errorf("%s: %w", arg, errNotMounted)
@@ -132,8 +132,8 @@ func unserved(served map[string]bool) ([]string, error) {
 	all, err := mounts()
 	var dead []string
 	for _, m := range all {
-		if m.fstype == mountType && !served[m.point] {
-			dead = append(dead, m.point)
+		if m.Type == mountType && !served[m.Point] {
+			dead = append(dead, m.Point)
 		}
 	}
 	return dead, err

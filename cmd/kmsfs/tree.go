@@ -107,11 +107,11 @@ func sourceOf(real string) string {
 	if err != nil || !ours {
 		return real
 	}
-	source, err := realPath(m.source)
+	source, err := realPath(m.Source)
 	if err != nil {
 		return real
 	}
-	return filepath.Join(source, relative(m.point, real))
+	return filepath.Join(source, relative(m.Point, real))
 }
 
 func configuredTree(cfg *config.Config) (*tree, error) {

@@ -108,7 +108,7 @@ func findTarget(ctx context.Context, arg string) (target, error) {
 			return target{name, point}, nil
 		}
 	}
-	if m, found, err := mountAt(point); err != nil || found && m.fstype == mountType {
+	if m, found, err := mountAt(point); err != nil || found && m.Type == mountType {
 		return target{point: point}, err
 	}
 	return target{}, fmt.Errorf("%s: %w", arg, errNotMounted)
@@ -146,7 +146,7 @@ func (t target) revoke(ctx context.Context, wait time.Duration) error {
 		}
 		return fmt.Errorf("%w: the daemon (pid %d) did not end", errTimeout, daemon.PID)
 	}
-	if m, found, err := mountAt(t.point); err != nil || found && m.fstype == mountType {
+	if m, found, err := mountAt(t.point); err != nil || found && m.Type == mountType {
 		return fmt.Errorf("the daemon ended, but %s is still mounted", t.point)
 	}
 	return nil
@@ -158,7 +158,7 @@ func (t target) detach() error {
 	if err != nil {
 		return err
 	}
-	if !found || m.fstype != mountType {
+	if !found || m.Type != mountType {
 		return errNotMounted
 	}
 	if os.Geteuid() != 0 {
