@@ -55,6 +55,8 @@ type Options struct {
 	Source      *os.File // directory of the sealed files, opened before mounting; Mount keeps a duplicate
 	Mountpoint  string   // absolute
 	Device      *os.File // of a predecessor's mount, which is taken over; nil: Mount mounts
+	Mounted     *Mounted // what somebody else has mounted with [Attach]; Mount takes its files over. nil: Mount mounts
+	MountTable  string   // mountinfo of the namespace that the mount is in, if not in ours: others mount and unmount there
 	Ledger      *os.File // where a successor finds what it must know, see [NewLedger]; nil: there will be none
 	AllowOther  bool
 	PageCache   bool          // false: direct I/O, the kernel keeps no copy
@@ -171,10 +173,11 @@ type tree struct {
 	overwritten atomic.Uint64 // nodes whose pages the kernel has overwritten and dropped
 
 	server  atomic.Pointer[fuse.Server]
-	device  *os.File      // a duplicate to ask whether the connection lives
-	dev     atomic.Uint64 // st_dev of the mount
-	mountID int           // 0: not to be seen from here
-	twin    int           // a detached copy of the mount, or -1; see holdTwin
+	device  *os.File                // a duplicate to ask whether the connection lives
+	dev     atomic.Uint64           // st_dev of the mount
+	mountID int                     // 0: not to be seen from here
+	twin    atomic.Pointer[os.File] // a detached copy of the mount, or nil; see holdTwin
+	control atomic.Pointer[os.File] // ends the connection when it is written to, or nil
 	mounts  *mountWatch
 	served  chan struct{} // closed when the connection has ended
 	ledger  *ledger
@@ -212,7 +215,7 @@ func newTree(o Options) (*tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &tree{o: o, src: src, twin: -1,
+	t := &tree{o: o, src: src,
 		served: make(chan struct{}), now: make(chan struct{}), done: make(chan struct{})}
 	var st unix.Stat_t
 	if err := src.stat("", &st); err != nil {
@@ -242,21 +245,21 @@ func (f *tree) mount() error {
 	if f.o.Device != nil {
 		return f.takeOver()
 	}
-	fd, err := f.descriptor()
-	if err != nil {
-		return err
+	m := f.o.Mounted
+	if m == nil {
+		var err error
+		if m, err = attachFrom(f.src, &f.o); err != nil {
+			return err
+		}
 	}
-	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	f.device, f.mountID = m.Device, m.ID
+	f.dev.Store(m.Dev)
+	f.equip(m.Twin, m.Control)
+	fd, err := unix.FcntlInt(f.device.Fd(), unix.F_DUPFD_CLOEXEC, 3) // for the server to own
 	if err != nil {
-		_ = unix.Close(fd)
+		_ = f.detach()
 		return fmt.Errorf("duplicate /dev/fuse: %w", err)
 	}
-	f.device = os.NewFile(uintptr(dup), "/dev/fuse")
-	if err := f.locate(); err != nil {
-		_ = unix.Close(fd)
-		return err
-	}
-	f.twin = holdTwin(f.o.Mountpoint, f.mountID)
 	server, err := fuse.NewServer(f, "/dev/fd/"+strconv.Itoa(fd), f.serverOptions())
 	if err != nil {
 		_ = f.detach()
@@ -264,17 +267,6 @@ func (f *tree) mount() error {
 	}
 	f.server.Store(server)
 	return f.beginLedger(0, *server.KernelSettings())
-}
-
-// descriptor returns a mounted /dev/fuse that the server may own.
-func (f *tree) descriptor() (int, error) {
-	if err := ClearStale(f.o.Mountpoint); err != nil {
-		return -1, err
-	}
-	if err := checkPlace(f.src, f.o.Mountpoint); err != nil {
-		return -1, err
-	}
-	return attach(&f.o, f.src.name)
 }
 
 func (f *tree) serverOptions() *fuse.MountOptions {
@@ -320,7 +312,15 @@ func (f *tree) refusePoll() {
 	if f.mountID == 0 {
 		return
 	}
-	fd, err := unix.Open(f.o.Mountpoint+"/"+pollHackName, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	at, path := unix.AT_FDCWD, f.o.Mountpoint+"/"+pollHackName
+	if f.outside() {
+		twin := f.twin.Load()
+		if twin == nil {
+			return
+		}
+		at, path = int(twin.Fd()), pollHackName
+	}
+	fd, err := unix.Openat(at, path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return
 	}
@@ -337,6 +337,9 @@ func (f *tree) free() {
 		_ = f.device.Close()
 	}
 	f.dropTwin()
+	if c := f.control.Swap(nil); c != nil {
+		_ = c.Close()
+	}
 	f.watch.close()
 	f.src.close()
 	f.ledger.close()

@@ -172,7 +172,7 @@ func (f *tree) invalidate(drained bool) <-chan struct{} {
 
 // detach takes our mount, and no other, out of the namespace.
 func (f *tree) detach() error {
-	if f.mountID == 0 {
+	if f.mountID == 0 || f.outside() {
 		return nil
 	}
 	all, err := mountinfo.Read(mountinfo.Self)
@@ -215,7 +215,7 @@ func (f *tree) abort() error {
 	}
 	// The last mount may be the twin: then this destroys the file system, and aborts.
 	f.dropTwin()
-	err := abortConnection(f.dev.Load())
+	err := f.endConnection()
 	select {
 	case <-f.served:
 		return nil
@@ -224,31 +224,47 @@ func (f *tree) abort() error {
 	}
 }
 
-// abortConnection asks the kernel's control file system, where it is mounted or
-// on a private mount.
+func (f *tree) endConnection() error {
+	if c := f.control.Load(); c != nil {
+		_, err := c.Write([]byte("1"))
+		return err
+	}
+	return abortConnection(f.dev.Load())
+}
+
+// abortConnection asks the kernel's control file system.
 func abortConnection(dev uint64) error {
-	name := strconv.FormatUint(uint64(unix.Minor(dev)), 10) + "/abort"
-	err := os.WriteFile("/sys/fs/fuse/connections/"+name, []byte("1"), 0)
-	if err == nil {
+	c, err := openControl(dev)
+	if errors.Is(err, os.ErrNotExist) { // it has ended
 		return nil
+	} else if err != nil {
+		return fmt.Errorf("abort the connection: %w", err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("1")); err != nil {
+		return fmt.Errorf("abort the connection: %w", err)
+	}
+	return nil
+}
+
+// openControl opens what ends a connection when it is written to, on the kernel's control
+// file system where that is mounted, or on a private mount.
+func openControl(dev uint64) (*os.File, error) {
+	name := strconv.FormatUint(uint64(unix.Minor(dev)), 10) + "/abort"
+	f, err := os.OpenFile("/sys/fs/fuse/connections/"+name, os.O_WRONLY, 0)
+	if err == nil {
+		return f, nil
 	}
 	ctl, e := mountControl()
 	if e != nil {
-		return fmt.Errorf("abort the connection: %w", errors.Join(err, e))
+		return nil, errors.Join(err, e)
 	}
 	defer unix.Close(ctl)
-	fd, e := unix.Openat(ctl, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if e != nil {
-		if errors.Is(e, unix.ENOENT) { // it has ended
-			return nil
-		}
-		return fmt.Errorf("abort the connection: %w", e)
+	fd, err := unix.Openat(ctl, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: name, Err: err}
 	}
-	defer unix.Close(fd)
-	if _, e := unix.Write(fd, []byte("1")); e != nil {
-		return fmt.Errorf("abort the connection: %w", e)
-	}
-	return nil
+	return os.NewFile(uintptr(fd), name), nil
 }
 
 // mountControl returns the root of the fusectl file system without mounting it anywhere.
@@ -282,44 +298,20 @@ func (f *tree) closeHandles() {
 	}
 }
 
-// locate finds our mount in the mount table: the uppermost at the mountpoint,
-// which was looked at before anybody could cover it.
-func (f *tree) locate() error {
-	all, err := mountinfo.Read(mountinfo.Self)
-	if err != nil {
-		return err
-	}
-	m, ok := topMount(all, f.o.Mountpoint)
-	if !ok || m.Type != mountType {
-		if f.o.Device != nil {
-			f.o.Log.Warn("the mount is not to be seen from here: an unmount by hand will go unnoticed", "mountpoint", f.o.Mountpoint)
-			return nil
-		}
-		return fmt.Errorf("mount %s: it is not in the mount table", f.o.Mountpoint)
-	}
-	f.mountID = m.ID
-	f.dev.Store(m.Dev)
-	return nil
-}
-
-// holdTwin returns a detached copy of the mount, or -1. As long as it exists the
+// holdTwin returns a detached copy of the mount, or nil. As long as it exists the
 // file system outlives its mountpoint: when somebody unmounts that by hand there is
 // time to overwrite pages before they are freed.
-func holdTwin(point string, mountID int) int {
-	if mountID == 0 {
-		return -1
-	}
+func holdTwin(point string) *os.File {
 	fd, err := unix.OpenTree(unix.AT_FDCWD, point, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if err != nil {
-		return -1
+		return nil
 	}
-	return fd
+	return os.NewFile(uintptr(fd), point)
 }
 
 func (f *tree) dropTwin() {
-	if f.twin >= 0 {
-		_ = unix.Close(f.twin)
-		f.twin = -1
+	if twin := f.twin.Swap(nil); twin != nil {
+		_ = twin.Close()
 	}
 }
 
@@ -338,7 +330,7 @@ func watchMounts(f *tree) *mountWatch {
 		return nil
 	}
 	w := &mountWatch{wake: wake, ended: make(chan struct{})}
-	table, err := unix.Open(mountinfo.Self, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	table, err := unix.Open(f.mountTable(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		_ = unix.Close(wake)
 		f.o.Log.Warn("cannot watch the mount table: an unmount by hand will go unnoticed", "err", err)
@@ -374,7 +366,7 @@ func (w *mountWatch) stop() {
 
 // mounted reports whether our mount is still in the namespace.
 func (f *tree) mounted() bool {
-	all, err := mountinfo.Read(mountinfo.Self)
+	all, err := mountinfo.Read(f.mountTable())
 	if err != nil {
 		return true
 	}

@@ -93,7 +93,7 @@ func (f *tree) recognize(m *mountNote) error {
 	case f.o.AllowOther != m.AllowOther:
 		return errors.New("allow_other has changed")
 	}
-	all, err := mountinfo.Read(mountinfo.Self)
+	all, err := mountinfo.Read(f.mountTable())
 	if err != nil {
 		return err
 	}
@@ -101,8 +101,8 @@ func (f *tree) recognize(m *mountNote) error {
 		if e.Dev == m.Dev && e.Type == mountType && e.Point == filepath.Clean(f.o.Mountpoint) {
 			f.dev.Store(e.Dev)
 			f.mountID = e.ID
-			if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {
-				f.twin = holdTwin(e.Point, e.ID)
+			if top, ok := topMount(all, e.Point); ok && top.ID == e.ID && !f.outside() {
+				f.equip(holdTwin(e.Point), nil)
 			}
 			return nil
 		}
@@ -307,12 +307,12 @@ const (
 // them, and ignores answers to others. On ESTALE it looks paths up again, and reads
 // pages again, without a word to the program that waits.
 func (f *tree) answerLost() {
-	if f.twin >= 0 { // so that there is a first request
-		var st unix.Statfs_t
-		_ = unix.Fstatfs(f.twin, &st)
-	}
 	first := uint64(0)
 	for known := false; !known; {
+		if twin := f.twin.Load(); twin != nil && f.past.first.Load() == 0 { // so that there is a first request
+			var st unix.Statfs_t
+			_ = unix.Fstatfs(int(twin.Fd()), &st)
+		}
 		known = f.past.first.Load() != 0 // a while ago
 		select {
 		case <-time.After(lostWait):
@@ -432,8 +432,9 @@ func (f *tree) stopIfFrozen() {
 }
 
 // Discard ends a mount that cannot be taken over: as after a revocation, nobody reads
-// another byte from it.
-func Discard(device, ledgerFile *os.File) error {
+// another byte from it. Of one that is outside, in a namespace of others, the dead mount is
+// left for them to unmount, and the connection ends when its last descriptor is closed.
+func Discard(device, ledgerFile *os.File, outside bool) error {
 	in, err := readLedger(ledgerFile)
 	if err != nil { // all that can be done is to let go
 		return errors.Join(err, device.Close())
@@ -452,6 +453,9 @@ func Discard(device, ledgerFile *os.File) error {
 	select {
 	case <-ended:
 	case <-time.After(invalidateTimeout): // pages that a request waits for; they go with the connection
+	}
+	if outside {
+		return device.Close()
 	}
 	return errors.Join(f.detachDead(), abortConnection(in.mount.Dev), device.Close())
 }

@@ -128,7 +128,7 @@ func serve(args []string) int {
 	f, err := Mount(context.Background(), o)
 	if errors.Is(err, ErrNotTaken) {
 		fmt.Println("serving")
-		fmt.Println("not taken", Discard(o.Device, o.Ledger))
+		fmt.Println("not taken", Discard(o.Device, o.Ledger, false))
 		return 0
 	} else if err != nil {
 		fmt.Println(err)

@@ -78,7 +78,7 @@ func (k *kept) discard(log *slog.Logger) {
 	}
 	// In this order, or systemd would forget what is kept next.
 	heard(forgetKept(log), time.Second)
-	if err := fs.Discard(k.device, k.ledger); err != nil {
+	if err := fs.Discard(k.device, k.ledger, false); err != nil {
 		log.Error("the mount of the daemon before could not be revoked", "error", err)
 	} else {
 		log.Warn("revoked the mount of the daemon before")
