@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -25,7 +26,10 @@ const (
 )
 
 // kept is what a predecessor left.
-type kept struct{ device, ledger, source *os.File }
+type kept struct {
+	device, ledger, source *os.File
+	twin, control          *os.File // only of this same process, see execHanding
+}
 
 // takeKept returns what systemd has handed to this process; nil when there is no
 // connection among it. Descriptors that mean nothing to it are closed.
@@ -40,6 +44,10 @@ func takeKept() *kept {
 			into = &k.ledger
 		case keptSource:
 			into = &k.source
+		case givenTwin:
+			into = &k.twin
+		case givenControl:
+			into = &k.control
 		}
 		if into == nil || *into != nil {
 			_ = f.Close()
@@ -55,7 +63,7 @@ func takeKept() *kept {
 }
 
 func (k *kept) close() {
-	for _, f := range []*os.File{k.device, k.ledger, k.source} {
+	for _, f := range []*os.File{k.device, k.ledger, k.source, k.twin, k.control} {
 		if f != nil {
 			_ = f.Close()
 		}
@@ -72,13 +80,13 @@ func (k *kept) openSource(name string) (*os.File, error) {
 }
 
 // discard revokes what cannot be served any more.
-func (k *kept) discard(log *slog.Logger) {
+func (k *kept) discard(log *slog.Logger, outside bool) {
 	if k == nil {
 		return
 	}
 	// In this order, or systemd would forget what is kept next.
 	heard(forgetKept(log), time.Second)
-	if err := fs.Discard(k.device, k.ledger, false); err != nil {
+	if err := fs.Discard(k.device, k.ledger, outside); err != nil {
 		log.Error("the mount of the daemon before could not be revoked", "error", err)
 	} else {
 		log.Warn("revoked the mount of the daemon before")
@@ -93,40 +101,72 @@ func forgetKept(log *slog.Logger) (told <-chan struct{}) {
 }
 
 // mountOrTake takes over the mount of a predecessor where there is one, or mounts.
-func (d *served) mountOrTake(ctx context.Context, o fs.Options) (err error) {
+func (d *served) mountOrTake(ctx context.Context, o fs.Options) error {
 	if d.kept != nil {
-		o.Device, o.Ledger = d.kept.device, d.kept.ledger
-		if d.fs, err = fs.Mount(ctx, o); err == nil {
-			_, _ = d.kept.device.Close(), d.kept.source.Close()
-			d.ledger, d.kept, d.storing = d.kept.ledger, nil, true
+		err := d.take(ctx, o)
+		if err == nil {
 			return nil
 		}
 		d.log.Warn("mounting anew", "error", err)
-		d.kept.discard(d.log)
-		d.kept, o.Device, o.Ledger = nil, nil, nil
-		if err := d.openSource(); err != nil { // by its name
+		d.kept.discard(d.log, d.outside)
+		d.kept = nil
+	}
+	return d.mountAnew(ctx, o)
+}
+
+// take takes over. The mount may cover the source: the predecessor has held that.
+func (d *served) take(ctx context.Context, o fs.Options) (err error) {
+	k := d.kept
+	if d.source, err = k.openSource(d.cfg.Source); err != nil {
+		return err
+	}
+	o.Source, o.Device, o.Ledger = d.source, k.device, k.ledger
+	if d.fs, err = fs.Mount(ctx, o); err != nil {
+		_ = d.source.Close()
+		return err
+	}
+	d.fs.Equip(k.twin, k.control)
+	_, _ = k.device.Close(), k.source.Close()
+	d.ledger, d.kept, d.storing = k.ledger, nil, true
+	return nil
+}
+
+func (d *served) mountAnew(ctx context.Context, o fs.Options) (err error) {
+	var attached *net.UnixConn
+	if d.outside {
+		if attached, err = d.await(ctx, &o); err != nil {
 			return err
 		}
-		o.Source = d.source
-	}
-	if os.Getenv("NOTIFY_SOCKET") == "" { // nobody would keep anything
-		d.fs, err = fs.Mount(ctx, o)
+		defer attached.Close()
+	} else if d.source, err = openUncovered(d.cfg); err != nil {
 		return err
 	}
-	if o.Ledger, err = fs.NewLedger(); err != nil {
-		return err
+	o.Source = d.source
+	if os.Getenv("NOTIFY_SOCKET") != "" { // else nobody would keep anything
+		if o.Ledger, err = fs.NewLedger(); err != nil {
+			return err
+		}
 	}
-	d.ledger = o.Ledger
 	if d.fs, err = fs.Mount(ctx, o); err != nil {
 		return err
 	}
+	if d.ledger = o.Ledger; d.ledger != nil {
+		d.store()
+	}
+	if attached != nil { // if nobody hears it, systemd ends us
+		_, _ = attached.Write([]byte("1"))
+	}
+	return nil
+}
+
+// store lets systemd keep what a successor needs. The connection comes last: where it is
+// kept, the rest is.
+func (d *served) store() {
 	d.storing = true
-	// The connection comes last: where it is kept, the rest is.
-	if err := errors.Join(keep(keptLedger, o.Ledger), keep(keptSource, d.source), keep(keptDevice, d.fs.Device())); err != nil {
+	if err := errors.Join(keep(keptLedger, d.ledger), keep(keptSource, d.source), keep(keptDevice, d.fs.Device())); err != nil {
 		d.log.Warn("nothing is kept for a successor: after a crash the tree is mounted anew", "error", err)
 		heard(forgetKept(d.log), time.Second)
 	}
-	return nil
 }
 
 // dropKept makes sure that nobody takes over what is being revoked.
@@ -161,7 +201,11 @@ func (d *served) handOver() {
 		_ = d.audit.Close()
 	}
 	d.ring.Close()
-	err := execHanding(d.fs.Device(), d.ledger, d.source)
+	files := []*os.File{d.fs.Device(), d.ledger, d.source}
+	if twin, control := d.fs.Equipment(); twin != nil && control != nil {
+		files = append(files, twin, control)
+	}
+	err := execHanding(files...)
 	d.log.Error("cannot hand over: ending, for systemd to start another", "error", err)
 	os.Exit(exitFailed)
 }
@@ -188,13 +232,14 @@ func execHanding(files ...*os.File) error {
 func handedFiles() []*os.File {
 	list := strings.Split(os.Getenv(handed), ",")
 	_ = os.Unsetenv(handed)
-	names := []string{keptDevice, keptLedger, keptSource}
-	if len(list) != 1+len(names) || list[0] != strconv.Itoa(os.Getpid()) {
+	names := []string{keptDevice, keptLedger, keptSource, givenTwin, givenControl}
+	if len(list) < 4 || len(list) > 1+len(names) || list[0] != strconv.Itoa(os.Getpid()) {
 		return nil
 	}
 	var files []*os.File
-	for i, name := range names {
-		fd, err := strconv.Atoi(list[i+1])
+	for i, number := range list[1:] {
+		name := names[i]
+		fd, err := strconv.Atoi(number)
 		if err != nil {
 			return nil
 		}

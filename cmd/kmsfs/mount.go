@@ -29,6 +29,7 @@ func (u *ui) mountCommand() *cli.Command {
 			&cli.StringSliceFlag{Name: "key", Usage: "do without a configuration: `URI` of the key; may be repeated"},
 			&cli.StringFlag{Name: "tree", Usage: "with --key: `NAME` of the tree (default: the base name of SOURCE)"},
 			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: 60s under systemd, else 0s)"},
+			&cli.BoolFlag{Name: "await-attach", Usage: "let kmsfs systemd attach mount, for a daemon in a mount namespace of its own"},
 			&cli.BoolFlag{Name: "learn", Usage: "let owner and mode alone decide, and record what the rules would have refused"},
 		},
 		Action: u.mount,
@@ -39,7 +40,11 @@ func (u *ui) mountCommand() *cli.Command {
 func (u *ui) mount(c *cli.Context) error {
 	cfg, name, err := mountedConfig(c)
 	if err != nil {
-		takeKept().discard(newLog(u.stderr))
+		takeKept().discard(newLog(u.stderr), c.Bool("await-attach"))
+		return err
+	}
+	if err := checkNamespace(c.Bool("await-attach")); err != nil {
+		takeKept().discard(newLog(u.stderr), true)
 		return err
 	}
 	if err := restartTuned(u.args); err != nil {
@@ -50,13 +55,14 @@ func (u *ui) mount(c *cli.Context) error {
 	if err := secmem.Harden(); err != nil {
 		return fmt.Errorf("harden the process: %w", err)
 	}
-	d := &served{cfg: cfg, name: name, learn: c.Bool("learn"), log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{}), kept: takeKept()}
+	d := &served{cfg: cfg, name: name, learn: c.Bool("learn"), outside: c.Bool("await-attach"), log: newLog(u.stderr),
+		since: time.Now(), stopped: make(chan struct{}), kept: takeKept()}
 	defer d.close()
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1)
 	if err := d.start(c.Context, waitForKey(c)); err != nil {
 		if d.lock != nil { // else it may be served by somebody
-			d.kept.discard(d.log) // readers shall not wait for what does not come
+			d.kept.discard(d.log, d.outside) // readers shall not wait for what does not come
 		}
 		if c.Context.Err() != nil && errors.Is(err, context.Canceled) {
 			d.log.Info("stopped before anything was mounted")
@@ -74,11 +80,6 @@ func (d *served) start(ctx context.Context, patience time.Duration) error {
 		return err
 	}
 	if err := d.prove(ctx, patience); err != nil {
-		return err
-	}
-	// A dead mount is cleared last: what lies below one over its own source is
-	// ciphertext, which a program could take for its content.
-	if err := d.openSource(); err != nil {
 		return err
 	}
 	return d.mount(ctx)

@@ -13,6 +13,16 @@ import (
 // notify tells systemd, if that is who started us.
 func (d *served) notify(state string) (told <-chan struct{}) { return notify(d.log, state) }
 
+// tellReady lets systemd go on with what comes after the start of this process.
+func (d *served) tellReady(status string) {
+	state := "STATUS=" + status
+	if !d.told {
+		state = "READY=1\n" + state
+		d.told = true
+	}
+	d.wellTold(d.notify(state), 10*time.Second)
+}
+
 // notify sends messages to systemd, in this order. It goes on by itself, because one that
 // does not listen, and lets its socket fill up, must not keep access from being revoked.
 func notify(log *slog.Logger, states ...string) (told <-chan struct{}) {

@@ -56,6 +56,9 @@ func (d *served) prepare() error {
 		}
 		return err
 	}
+	if err := d.listenAttach(); err != nil {
+		return err
+	}
 	d.holdHibernation()
 	return d.openMetrics()
 }
@@ -87,7 +90,11 @@ func (d *served) checkSource() error {
 	if d.kept != nil {
 		return nil
 	}
-	st, err := os.Stat(d.cfg.Source)
+	name := d.cfg.Source
+	if d.outside { // as the machine sees it
+		name = machine() + "/root" + name
+	}
+	st, err := os.Stat(name)
 	if err == nil && !st.IsDir() {
 		err = &os.PathError{Op: "open", Path: d.cfg.Source, Err: unix.ENOTDIR}
 	}
@@ -97,23 +104,21 @@ func (d *served) checkSource() error {
 	return d.cfg.Problem("source", err, "create the directory, or correct its name")
 }
 
-// openSource holds the directory of the sealed files, which the mount may then cover.
-// A mount that is taken over may cover it already: then the predecessor holds it.
-func (d *served) openSource() (err error) {
-	if d.kept != nil {
-		d.source, err = d.kept.openSource(d.cfg.Source)
-		return err
+// openUncovered opens the directory of the sealed files, which the mount may then cover.
+// A dead mount is cleared for it, last of all: what lies below one over its own source is
+// ciphertext, which a program could take for its content.
+func openUncovered(cfg *config.Config) (*os.File, error) {
+	if err := fs.ClearStale(cfg.Mountpoint); err != nil {
+		return nil, mountError(err)
 	}
-	if err := fs.ClearStale(d.cfg.Mountpoint); err != nil {
-		return mountError(err)
+	if m, ours, err := coveringMount(cfg.Source); err == nil && ours {
+		return nil, withHint(fmt.Errorf("source %s: %w: it lies in the mount at %s", cfg.Source, errMounted, m.Point), "name the directory of the sealed files, %s", m.Source)
 	}
-	if m, ours, err := coveringMount(d.cfg.Source); err == nil && ours {
-		return withHint(fmt.Errorf("source %s: %w: it lies in the mount at %s", d.cfg.Source, errMounted, m.Point), "name the directory of the sealed files, %s", m.Source)
+	dir, err := os.OpenFile(cfg.Source, os.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, cfg.Problem("source", err, "create the directory, or correct its name")
 	}
-	if d.source, err = os.OpenFile(d.cfg.Source, os.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
-		return d.cfg.Problem("source", err, "create the directory, or correct its name")
-	}
-	return nil
+	return dir, nil
 }
 
 // memory locks what max_memory says, or less with a warning.

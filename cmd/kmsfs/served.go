@@ -33,6 +33,10 @@ type served struct {
 	log   *slog.Logger
 	since time.Time
 
+	outside bool              // the mount is in another namespace than we are
+	attach  *net.UnixListener // for kmsfs systemd attach; nil if not outside
+	told    bool              // systemd knows that we are ready
+
 	kept    *kept // of a predecessor that died; nil: none, or served
 	storing bool  // systemd keeps something of ours
 	ledger  *os.File
@@ -62,13 +66,16 @@ type served struct {
 func (d *served) mount(ctx context.Context) error {
 	p := d.cfg.Plaintext
 	o := fs.Options{
-		Tree: d.cfg.Name, Source: d.source, Mountpoint: d.cfg.Mountpoint,
+		Tree: d.cfg.Name, Mountpoint: d.cfg.Mountpoint,
 		AllowOther: d.cfg.AllowOther, PageCache: p.PageCache, SealedOnly: d.cfg.SealedOnly, OpenTimeout: d.cfg.OpenTimeout,
 		Opener:    &sealed.Opener{Keys: d.ring.keys, Arena: d.arena, MaxFile: p.MaxFile},
 		Plaintext: store.Options{Arena: d.arena, TTL: p.TTL, StaleOK: p.StaleOK},
 		Policy:    d.policy, Caller: d.caller, Audit: &d.tally, Log: d.log,
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	if d.outside {
+		o.MountTable = machine() + "/mountinfo"
+	}
+	ctx, cancel := context.WithTimeout(ctx, attachWait)
 	defer cancel()
 	if err := d.mountOrTake(ctx, o); err != nil {
 		err = mountError(err)
@@ -87,7 +94,9 @@ func (d *served) mount(ctx context.Context) error {
 }
 
 func mountError(err error) error {
-	switch {
+	switch passed := (*exitError)(nil); {
+	case errors.As(err, &passed):
+		return err
 	case errors.Is(err, fs.ErrMounted):
 		return fmt.Errorf("%w: %w", errMounted, err)
 	case errors.Is(err, os.ErrPermission):
@@ -102,8 +111,11 @@ func mountError(err error) error {
 func (d *served) ready() {
 	d.control.Serve(d, d.log)
 	d.serveMetrics()
+	if d.outside {
+		go d.answerAttach()
+	}
 	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
-	d.wellTold(d.notify("READY=1\nSTATUS=serving "+d.cfg.Mountpoint), 10*time.Second)
+	d.tellReady("serving " + d.cfg.Mountpoint)
 	go watchdog(socketPath(d.name), d.stopped)
 	if err := detach(); err != nil {
 		d.log.Warn("cannot detach", "error", err)
@@ -181,6 +193,9 @@ func (d *served) close() {
 		d.record("revoke", d.ending(), d.result)
 	}
 	d.closeMetrics()
+	if d.attach != nil {
+		_ = d.attach.Close()
+	}
 	if d.control != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()

@@ -13,7 +13,7 @@ import (
 func (u *ui) systemdCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "systemd",
-		Usage: "print what systemd needs to know",
+		Usage: "print and do what systemd needs",
 		Subcommands: []*cli.Command{{
 			Name:      "drop-in",
 			Usage:     "print the drop-in that binds an application to a tree",
@@ -25,7 +25,7 @@ func (u *ui) systemdCommand() *cli.Command {
 				&cli.BoolFlag{Name: "bind", Usage: "stop it whenever the tree is gone: also after kmsfs umount, and for good after a crash"},
 			},
 			Action: u.systemdDropIn,
-		}},
+		}, u.attachCommand(), u.detachCommand()},
 	}
 }
 

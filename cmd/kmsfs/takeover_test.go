@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -35,6 +36,7 @@ type supervisor struct {
 	t      *testing.T
 	dir    string
 	args   []string
+	wrap   []string // runs the daemon; empty: nothing does
 	env    []string
 	socket *net.UnixConn
 
@@ -121,7 +123,8 @@ func (s *supervisor) start() {
 	s.t.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	cmd := exec.Command("/bin/sh", append([]string{"-c", `LISTEN_PID=$$ exec "$0" "$@"`, filepath.Join(s.dir, "kmsfs")}, s.args...)...)
+	words := slices.Concat(s.wrap, []string{filepath.Join(s.dir, "kmsfs")}, s.args)
+	cmd := exec.Command("/bin/sh", append([]string{"-c", `LISTEN_PID=$$ exec "$0" "$@"`}, words...)...)
 	var names []string
 	for name, f := range s.stored {
 		names = append(names, name)

@@ -13,6 +13,7 @@ import (
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
 
+	"kmsfs/fs"
 	"kmsfs/internal/control"
 )
 
@@ -145,6 +146,9 @@ func (t target) revoke(ctx context.Context, wait time.Duration) error {
 			return asked
 		}
 		return fmt.Errorf("%w: the daemon (pid %d) did not end", errTimeout, daemon.PID)
+	}
+	if os.Geteuid() == 0 {
+		_ = fs.ClearStale(t.point) // of a daemon that may not unmount
 	}
 	if m, found, err := mountAt(t.point); err != nil || found && m.Type == mountType {
 		return fmt.Errorf("the daemon ended, but %s is still mounted", t.point)

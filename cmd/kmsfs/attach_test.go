@@ -1,0 +1,219 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/internal/localkey"
+)
+
+// A sandbox runs daemons as kmsfs@.service does: in a mount namespace of their own, without
+// the privilege to mount. This process is the machine.
+type sandbox struct {
+	*supervisor
+	tree, config string
+}
+
+func newSandbox(t *testing.T) *sandbox {
+	t.Helper()
+	dir := t.TempDir()
+	b := &sandbox{tree: filepath.Join(dir, "tree"), config: filepath.Join(dir, "shop.toml")}
+	key := filepath.Join(dir, "cmk")
+	if err := errors.Join(os.MkdirAll(filepath.Join(b.tree, "d"), 0o755), localkey.Generate(key)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range fileCount {
+		if err := os.WriteFile(filepath.Join(b.tree, "d", strconv.Itoa(i)), contentOf(i), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(b.tree, "long"), longContent(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b.configure(t, "source = %q\nkeys = [%q]\n", b.tree, "file:"+key)
+	t.Setenv("KMSFS_RUNTIME_DIR", filepath.Join(dir, "run"))
+	t.Setenv("KMSFS_MACHINE_PID", strconv.Itoa(os.Getpid()))
+	if code := run([]string{"kmsfs", "seal", "-r", "--tree", "shop", "--key", "file:" + key, b.tree}); code != exitOK {
+		t.Fatalf("seal: exit code %d", code)
+	}
+	b.supervisor = supervise(t, dir, "mount", "--await-attach", "-c", b.config)
+	b.wrap = []string{"unshare", "--mount", "setpriv", "--bounding-set=-sys_admin"}
+	return b
+}
+
+func (b *sandbox) configure(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if err := os.WriteFile(b.config, fmt.Appendf(nil, format, args...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// command runs kmsfs systemd, as systemd does in the unit's namespace, with all privileges.
+func (b *sandbox) command(verb string, env ...string) (said string, code int) {
+	b.t.Helper()
+	cmd := exec.Command("unshare", "--mount", filepath.Join(b.dir, "kmsfs"), "systemd", verb, b.config)
+	cmd.Env = append(os.Environ(), env...)
+	out, err := cmd.CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		b.t.Fatal(err)
+	}
+	return string(out), cmd.ProcessState.ExitCode()
+}
+
+// up starts a daemon and lets it be attached.
+func (b *sandbox) up() {
+	b.t.Helper()
+	b.start()
+	b.until("READY=1")
+	if said, code := b.command("attach"); code != exitOK {
+		b.t.Fatalf("attach: exit code %d: %s", code, said)
+	}
+}
+
+func (b *sandbox) mounted() bool {
+	b.t.Helper()
+	m, found, err := mountAt(b.tree)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return found && m.Type == mountType
+}
+
+// end waits for the daemon's end and wants its exit code.
+func (b *sandbox) end(want int) {
+	b.t.Helper()
+	select {
+	case <-b.ended:
+	case <-time.After(patience):
+		b.t.Fatal("the daemon does not end")
+	}
+	if code := b.cmd.ProcessState.ExitCode(); code != want {
+		b.t.Fatalf("the daemon ended with %d, want %d", code, want)
+	}
+}
+
+// TestSandbox lives through crashes and an upgrade, and leaves nothing after a revocation.
+func TestSandbox(t *testing.T) {
+	b := newSandbox(t)
+	b.up()
+	holder, loop := startReader(t, "hold", b.tree), startReader(t, "loop", b.tree)
+	if l := holder.line(); l != "holding" {
+		t.Fatal(l)
+	}
+	for i := range 3 {
+		loop.advance()
+		if i == 1 { // an upgrade
+			if err := b.cmd.Process.Signal(syscall.SIGUSR1); err != nil {
+				t.Fatal(err)
+			}
+			b.until("READY=1")
+		} else {
+			b.kill()
+			if said, code := b.command("detach", "EXIT_CODE=killed", "EXIT_STATUS=KILL"); code != exitOK || !b.mounted() {
+				t.Fatalf("detach after a crash: exit code %d, %s; mounted: %v", code, said, b.mounted())
+			}
+			b.up()
+		}
+		holder.check(true)
+	}
+	loop.advance()
+	_ = loop.cmd.Process.Kill()
+	if err := b.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	b.end(exitOK)
+	holder.check(false)
+	if said, code := b.command("detach", "EXIT_CODE=exited", "EXIT_STATUS=0"); code != exitOK || b.mounted() {
+		t.Fatalf("detach: exit code %d, %s; mounted: %v", code, said, b.mounted())
+	}
+}
+
+// TestSandboxUnmounted: an unmount by hand, which happens in another namespace, revokes.
+func TestSandboxUnmounted(t *testing.T) {
+	b := newSandbox(t)
+	b.up()
+	holder := startReader(t, "hold", b.tree)
+	if l := holder.line(); l != "holding" {
+		t.Fatal(l)
+	}
+	if err := unix.Unmount(b.tree, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	b.end(exitOK)
+	holder.check(false)
+}
+
+// TestSandboxUmount: kmsfs umount takes away what the daemon may not.
+func TestSandboxUmount(t *testing.T) {
+	b := newSandbox(t)
+	b.up()
+	if out, said, code := typed("umount", b.tree); code != exitOK || b.mounted() {
+		t.Fatalf("umount: exit code %d, %s%s; mounted: %v", code, out, said, b.mounted())
+	}
+	b.end(exitOK)
+}
+
+// TestSandboxRefused: a mount that cannot be made ends the daemon with the code that says
+// why, and leaves nothing.
+func TestSandboxRefused(t *testing.T) {
+	b := newSandbox(t)
+	b.start()
+	b.until("READY=1")
+	elsewhere := t.TempDir()
+	b.configure(t, "source = %q\nmountpoint = %q\nkeys = [\"file:/nowhere\"]\n", b.tree, elsewhere)
+	said, code := b.command("attach")
+	if code != exitMount || !strings.Contains(said, "the configuration has changed") {
+		t.Errorf("attach: exit code %d: %s", code, said)
+	}
+	b.end(exitMount)
+	if b.mounted() {
+		t.Error("there is a mount")
+	}
+}
+
+// TestSandboxDiscarded: what a successor cannot serve is revoked, and another mount takes
+// its place, at another place if the configuration says so.
+func TestSandboxDiscarded(t *testing.T) {
+	b := newSandbox(t)
+	b.up()
+	holder := startReader(t, "hold", b.tree)
+	if l := holder.line(); l != "holding" {
+		t.Fatal(l)
+	}
+	text, err := os.ReadFile(b.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	elsewhere := t.TempDir()
+	b.configure(t, "mountpoint = %q\n%s", elsewhere, text)
+	b.kill()
+	b.up()
+	holder.check(false)
+	if b.mounted() {
+		t.Error("the mount of before is still there")
+	}
+	if got, err := readRaw(filepath.Join(elsewhere, "d", "0"), make([]byte, 1<<16)); err != nil || string(got) != string(contentOf(0)) {
+		t.Errorf("at the new place: %d bytes, %v", len(got), err)
+	}
+	if err := b.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	b.end(exitOK)
+	if said, code := b.command("detach"); code != exitOK {
+		t.Errorf("detach: exit code %d, %s", code, said)
+	}
+	if m, found, err := mountAt(elsewhere); found || err != nil {
+		t.Errorf("left: %+v, %v", m, err)
+	}
+}
