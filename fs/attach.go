@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -41,16 +42,16 @@ func Attach(source *os.File, mountpoint string, allowOther bool) (*Mounted, erro
 	return m, nil
 }
 
-// Equip returns, for the successor of a daemon that could mount, what goes with the mount at
-// which dev is: Twin and Control, but no Device. One that is gone has neither.
-func Equip(dev uint64) (*Mounted, error) {
+// Equip returns, for a successor that cannot mount, what goes with the mount of dev at
+// mountpoint: Twin and Control, but no Device. One that is gone has neither.
+func Equip(mountpoint string, dev uint64) (*Mounted, error) {
 	all, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
 		return nil, err
 	}
 	m := &Mounted{Dev: dev}
 	for _, e := range all {
-		if e.Dev != dev || e.Type != mountType {
+		if e.Dev != dev || e.Type != mountType || e.Point != filepath.Clean(mountpoint) {
 			continue
 		}
 		if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {

@@ -54,7 +54,7 @@ func TestEquip(t *testing.T) {
 	w := newWorld(t)
 	w.fiveFiles()
 	w.mount()
-	m, err := Equip(w.fs.Dev())
+	m, err := Equip(w.mnt, w.fs.Dev())
 	w.must(err)
 	if m.Twin == nil || m.Control == nil {
 		t.Fatalf("found %+v", m)
@@ -63,7 +63,7 @@ func TestEquip(t *testing.T) {
 	w.read("f0", string(readTwin(t, m.Twin, "f0")))
 	w.must(w.fs.Revoke(t.Context(), false))
 	w.gone()
-	if m, err := Equip(w.fs.Dev()); err != nil || m.Twin != nil || m.Control != nil {
+	if m, err := Equip(w.mnt, w.fs.Dev()); err != nil || m.Twin != nil || m.Control != nil {
 		t.Errorf("of a mount that is gone: %+v, %v", m, err)
 	}
 }

@@ -45,7 +45,8 @@ func (u *ui) detachCommand() *cli.Command {
 	}
 }
 
-// A wish is what a daemon says first to the command that attaches.
+// A wish is what a daemon says first to the command that attaches. It gets nothing that the
+// configuration does not say.
 type wish struct {
 	Source, Mountpoint string
 	AllowOther         bool
@@ -104,31 +105,28 @@ func attachFor(conn *net.UnixConn, cfg *config.Config) error {
 }
 
 func fulfil(conn *net.UnixConn, cfg *config.Config, w wish) error {
+	if w.Source != cfg.Source || w.Mountpoint != cfg.Mountpoint || w.AllowOther != cfg.AllowOther {
+		return withHint(fmt.Errorf("attach %s: %w: the configuration has changed since its daemon started", cfg.Name, errMountFailed), "start it again")
+	}
+	if old := attachedAt(cfg.Name); old != "" && old != cfg.Mountpoint {
+		_ = fs.ClearStale(old)
+	}
+	if err := noteAttached(cfg.Name, cfg.Mountpoint); err != nil {
+		return err
+	}
 	if w.Dev != 0 {
-		if err := noteAttached(cfg.Name, w.Mountpoint); err != nil {
-			return err
-		}
-		m, err := fs.Equip(w.Dev)
+		m, err := fs.Equip(cfg.Mountpoint, w.Dev)
 		if err != nil {
 			return fmt.Errorf("attach %s: %w", cfg.Name, err)
 		}
 		defer m.Close()
 		return give(conn, m, nil)
 	}
-	if w != (wish{Source: cfg.Source, Mountpoint: cfg.Mountpoint, AllowOther: cfg.AllowOther}) {
-		return withHint(fmt.Errorf("attach %s: %w: the configuration has changed since its daemon started", cfg.Name, errMountFailed), "start it again")
-	}
-	if old := attachedAt(cfg.Name); old != "" && old != cfg.Mountpoint {
-		_ = fs.ClearStale(old)
-	}
 	source, err := openUncovered(cfg)
 	if err != nil {
 		return err
 	}
 	defer source.Close()
-	if err := noteAttached(cfg.Name, cfg.Mountpoint); err != nil {
-		return err
-	}
 	m, err := fs.Attach(source, cfg.Mountpoint, cfg.AllowOther)
 	if err != nil {
 		return mountError(err)

@@ -182,6 +182,17 @@ func TestSandboxRefused(t *testing.T) {
 	}
 }
 
+// TestSandboxStopped: a daemon that nobody has mounted for yet ends when it is told to.
+func TestSandboxStopped(t *testing.T) {
+	b := newSandbox(t)
+	b.start()
+	b.until("READY=1")
+	if err := b.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	b.end(exitOK)
+}
+
 // TestSandboxDiscarded: what a successor cannot serve is revoked, and another mount takes
 // its place, at another place if the configuration says so.
 func TestSandboxDiscarded(t *testing.T) {

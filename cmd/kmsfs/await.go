@@ -62,7 +62,7 @@ func (d *served) await(ctx context.Context, o *fs.Options) (*net.UnixConn, error
 		return nil, withHint(fmt.Errorf("nobody has mounted for us within %v", attachWait),
 			"--await-attach needs ExecStartPost=+/usr/bin/kmsfs systemd attach NAME in the unit")
 	}
-	g, files, err := d.ask(conn, wish{Source: d.cfg.Source, Mountpoint: d.cfg.Mountpoint, AllowOther: d.cfg.AllowOther})
+	g, files, err := d.ask(conn, 0)
 	if err == nil && (files[keptDevice] == nil || files[keptSource] == nil) {
 		err = errors.New("kmsfs systemd attach has brought no mount")
 	}
@@ -75,13 +75,15 @@ func (d *served) await(ctx context.Context, o *fs.Options) (*net.UnixConn, error
 	return conn, nil
 }
 
-// ask tells kmsfs systemd attach what is wished for, and takes it.
-func (d *served) ask(conn *net.UnixConn, w wish) (gift, map[string]*os.File, error) {
+// ask tells kmsfs systemd attach what is wished for, to mount or what goes with the mount at
+// dev, and takes it.
+func (d *served) ask(conn *net.UnixConn, dev uint64) (gift, map[string]*os.File, error) {
 	var g gift
 	_ = conn.SetDeadline(time.Now().Add(attachWait))
 	if err := ofRoot(conn); err != nil {
 		return g, nil, err
 	}
+	w := wish{Source: d.cfg.Source, Mountpoint: d.cfg.Mountpoint, AllowOther: d.cfg.AllowOther, Dev: dev}
 	if err := send(conn, w); err != nil {
 		return g, nil, fmt.Errorf("ask kmsfs systemd attach: %w", err)
 	}
@@ -150,7 +152,7 @@ func (d *served) answerAttach() {
 		if err != nil {
 			return
 		}
-		_, files, err := d.ask(conn, wish{Mountpoint: d.cfg.Mountpoint, Dev: d.fs.Dev()})
+		_, files, err := d.ask(conn, d.fs.Dev())
 		if err == nil {
 			d.fs.Equip(files[givenTwin], files[givenControl])
 			_, _ = conn.Write([]byte("1"))

@@ -98,7 +98,7 @@ func (d *served) checkSource() error {
 	if err == nil && !st.IsDir() {
 		err = &os.PathError{Op: "open", Path: d.cfg.Source, Err: unix.ENOTDIR}
 	}
-	if err == nil || errors.Is(err, unix.ENOTCONN) {
+	if err == nil || errors.Is(err, unix.ENOTCONN) || d.outside && errors.Is(err, os.ErrPermission) {
 		return nil
 	}
 	return d.cfg.Problem("source", err, "create the directory, or correct its name")
@@ -142,7 +142,11 @@ func openAudit(cfg *config.Config) (*audit.Log, error) {
 	}
 	log, err := audit.Open(audit.Options{File: a.File, Journal: a.Journal, Required: a.Required})
 	if err != nil {
-		return nil, cfg.Problem("audit.file", fmt.Errorf("open the audit log: %w", err), "")
+		hint := ""
+		if errors.Is(err, unix.EROFS) {
+			hint = "keep it in /var/log/kmsfs, or name its directory in ReadWritePaths= of a drop-in for the unit"
+		}
+		return nil, cfg.Problem("audit.file", fmt.Errorf("open the audit log: %w", err), hint)
 	}
 	return log, nil
 }

@@ -87,7 +87,84 @@ pid=$(prop kmsfs@shop MainPID)
 grep -q '^Max core file size *0 *0' /proc/$pid/limits
 grep -q '^NoNewPrivs:.*1$' /proc/$pid/status
 grep -q '^Seccomp:.*2$' /proc/$pid/status
+[ "$(readlink /proc/$pid/ns/mnt)" != "$(readlink /proc/1/ns/mnt)" ]
+grep -q '^CapEff:.*0000000000080006$' /proc/$pid/status # SYS_PTRACE, DAC_READ_SEARCH, DAC_OVERRIDE
+for place in /srv /etc /usr /home /root /dev /sys /proc/sys; do
+	refuses nsenter -t $pid -m sh -c "mkdir $place/new" 2>/dev/null
+done
+refuses nsenter -t $pid -m test -e /dev/fuse
+systemd-analyze security --no-pager kmsfs@shop | tail -1
+systemd-analyze security --no-pager --threshold=40 kmsfs@shop >/dev/null
+
+step 'a mount of the daemon that others would not see is refused'
+mkdir -p /run/systemd/system/kmsfs@second.service.d /srv/second
+printf 'by fstab' >/srv/second/file
+printf 'source = "/srv/second"\nmountpoint = "/mnt/second"\nkeys = ["file:/etc/kmsfs/shop.key"]\n' >/etc/kmsfs/second.toml
+kmsfs seal -r /srv/second
+printf '[Service]\nExecStart=\nExecStart=/usr/bin/kmsfs mount %%i\n' >/run/systemd/system/kmsfs@second.service.d/test.conf
+systemctl daemon-reload
+refuses systemctl start kmsfs@second
+is "$(prop kmsfs@second ExecMainStatus) $(prop kmsfs@second ActiveState)" '10 failed'
+journalctl -b -u kmsfs@second --no-pager -g 'nobody else would see the mount' >/dev/null
+is "$(mounts)" /srv/shop
+rm -r /run/systemd/system/kmsfs@second.service.d
+systemctl daemon-reload
+systemctl start kmsfs@second
+is "$(cat /mnt/second/file)" 'by fstab'
+
+step 'what is wrong for the command that mounts ends the unit, and leaves nothing'
+systemctl stop kmsfs@second
+is "$(mounts)" /srv/shop
+rmdir /mnt/second
+refuses systemctl start kmsfs@second
+is "$(mounts)" /srv/shop
+systemctl stop kmsfs@second
+mkdir /mnt/second
+
+step 'umount by hand revokes'
+systemctl start kmsfs@second
+is "$(cat /mnt/second/file)" 'by fstab'
+umount /mnt/second
+inactive() { [ "$(prop "$1" ActiveState)" = inactive ]; }
+await inactive kmsfs@second
+systemctl start kmsfs@second
+exec 8</mnt/second/file
+umount -l /mnt/second
+await inactive kmsfs@second
+refuses cat <&8
+exec 8<&-
+systemctl start kmsfs@second
+exec 8</mnt/second/file
+kmsfs umount second
+await inactive kmsfs@second
+refuses cat <&8
+exec 8<&-
+is "$(mounts)" /srv/shop
+
+step 'a unit of before, whose daemon mounts, is replaced under a mount in use'
+sed -e '/^ExecSt[a-z]*Post=/d; s/ --await-attach//; /^Private\(Mounts\|Tmp\|Devices\)=/d; /^Protect\(System\|Home\|Kernel.*\|ControlGroups\)=/d' \
+	-e 's/^CapabilityBoundingSet=/&CAP_SYS_ADMIN /; s/^SystemCallFilter=@system-service/& @mount/' \
+	/lib/systemd/system/kmsfs@.service >/etc/systemd/system/kmsfs@.service
+systemctl daemon-reload
+systemctl start kmsfs@second
+pid=$(prop kmsfs@second MainPID)
 is "$(readlink /proc/$pid/ns/mnt)" "$(readlink /proc/1/ns/mnt)"
+exec 8</mnt/second/file
+rm /etc/systemd/system/kmsfs@.service
+systemctl daemon-reload
+kill -USR1 $pid
+taken() { kmsfs status second | grep -q "taken over $1 time"; }
+await taken 1
+is "$(cat /mnt/second/file)" 'by fstab'
+kill -9 $pid
+is "$(cat /mnt/second/file)" 'by fstab'
+await taken 2
+is "$(cat <&8)" 'by fstab'
+exec 8<&-
+await systemctl -q is-active kmsfs@second
+[ "$(readlink /proc/"$(prop kmsfs@second MainPID)"/ns/mnt)" != "$(readlink /proc/1/ns/mnt)" ]
+systemctl stop kmsfs@second
+is "$(mounts) $(prop kmsfs@second Result)" '/srv/shop success'
 
 step watchdog
 mkdir -p /run/systemd/system/kmsfs@shop.service.d
@@ -137,10 +214,6 @@ is "$(version)" "$(cat new.version)"
 is "$(cat /srv/shop/password)" 'correct horse'
 
 step 'mount(8) and fstab'
-mkdir -p /srv/second
-printf 'by fstab' >/srv/second/file
-printf 'source = "/srv/second"\nmountpoint = "/mnt/second"\nkeys = ["file:/etc/kmsfs/shop.key"]\n' >/etc/kmsfs/second.toml
-kmsfs seal -r /srv/second
 mount -t fuse.kmsfs second /mnt/second
 is "$(cat /mnt/second/file)" 'by fstab'
 kmsfs umount second
@@ -175,7 +248,7 @@ END
 CREDENTIALS_DIRECTORY=/root kmsfs seal -r /srv/hsm
 systemd-creds encrypt --name=hsm-pin /root/hsm-pin /etc/kmsfs/hsm-pin.cred
 mkdir -p /etc/systemd/system/kmsfs@hsm.service.d
-printf '[Service]\nLoadCredentialEncrypted=hsm-pin:/etc/kmsfs/hsm-pin.cred\n' >/etc/systemd/system/kmsfs@hsm.service.d/pin.conf
+printf '[Service]\nLoadCredentialEncrypted=hsm-pin:/etc/kmsfs/hsm-pin.cred\nReadWritePaths=/var/lib/softhsm\n' >/etc/systemd/system/kmsfs@hsm.service.d/hsm.conf
 systemctl daemon-reload
 systemctl start kmsfs@hsm
 is "$(cat /srv/hsm/file)" 'under an HSM'
