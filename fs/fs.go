@@ -111,12 +111,21 @@ func (f *FS) Revoke(ctx context.Context, wait bool) error { return f.t.revoke(ct
 // Done is closed when the mount is gone and nothing of it is left, for whatever reason.
 func (f *FS) Done() <-chan struct{} { return f.t.done }
 
-// SetPolicy replaces the rules from the next open on; shown owners and modes follow.
+// SetPolicy replaces the rules from the next open on, and the owners and modes that are
+// shown. It touches nothing that is open, and waits for nobody: to drop attributes the
+// kernel takes no lock that a request holds. It must not be called by a request's handler.
 func (f *FS) SetPolicy(p *policy.Policy) {
 	f.t.policy.Store(p)
-	server := f.t.server.Load()
-	for _, n := range f.t.table.all(func(n *node) bool { return n.kind == sealedFile || n.kind == plainFile }) {
-		server.InodeNotify(n.id, -1, 0) // attributes only
+	f.t.dropAttributes()
+	// An answer from before may tell the kernel after us.
+	time.AfterFunc(recheckAfter, f.t.dropAttributes)
+}
+
+// dropAttributes makes the kernel ask for the attributes of every file anew.
+func (f *tree) dropAttributes() {
+	server := f.server.Load()
+	for _, n := range f.table.all(func(n *node) bool { return n.kind == sealedFile || n.kind == plainFile }) {
+		server.InodeNotify(n.id, -1, 0)
 	}
 }
 

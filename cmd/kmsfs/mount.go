@@ -50,8 +50,11 @@ func (u *ui) mount(c *cli.Context) error {
 	if err := secmem.Harden(); err != nil {
 		return fmt.Errorf("harden the process: %w", err)
 	}
-	d := &served{cfg: cfg, name: name, learn: c.Bool("learn"), log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{}), kept: takeKept()}
+	d := &served{cfg: cfg, inForce: cfg, name: name, learn: c.Bool("learn"), log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{}), kept: takeKept()}
 	defer d.close()
+	if d.again, err = rereading(c, cfg); err != nil {
+		return err
+	}
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1)
 	if err := d.start(c.Context, waitForKey(c)); err != nil {
@@ -115,6 +118,26 @@ func configuredMount(nameOrFile, point string) (*config.Config, string, error) {
 		}
 	}
 	return cfg, cfg.Name, nil
+}
+
+// rereading returns how the configuration is read once more, by the same command line;
+// nil: there is no file.
+func rereading(c *cli.Context, cfg *config.Config) (func() (*config.Config, error), error) {
+	if cfg.File == "" {
+		return nil, nil
+	}
+	file, err := filepath.Abs(cfg.File)
+	if err != nil {
+		return nil, err
+	}
+	point := c.Args().Get(1)
+	if c.String("config") != "" {
+		point = c.Args().First()
+	}
+	return func() (*config.Config, error) {
+		next, _, err := configuredMount(file, point)
+		return next, err
+	}, nil
 }
 
 func bareMount(c *cli.Context, keys []string) (*config.Config, string, error) {

@@ -27,7 +27,7 @@ import (
 
 // served is one running mount with all that it holds.
 type served struct {
-	cfg   *config.Config
+	cfg   *config.Config // what it was mounted with
 	name  string
 	learn bool
 	log   *slog.Logger
@@ -52,10 +52,19 @@ type served struct {
 
 	revoking atomic.Bool
 	reason   atomic.Pointer[string] // why access ended
-	warnings []string
-	once     sync.Once
-	stopped  chan struct{} // closed when the mount is gone
-	result   error         // of the revocation, once stopped
+
+	again     func() (*config.Config, error) // reads the configuration; nil: there is none
+	reloading sync.Mutex                     // held while that is done
+	inForce   *config.Config                 // what was read last; guarded by reloading
+
+	mu           sync.Mutex
+	warnings     []string // of the mount
+	ruleWarnings []string // of the rules in force
+	lastReload   *control.Reload
+
+	once    sync.Once
+	stopped chan struct{} // closed when the mount is gone
+	result  error         // of the revocation, once stopped
 }
 
 // mount hands everything to the file system and opens the control socket.
@@ -103,7 +112,7 @@ func (d *served) ready() {
 	d.control.Serve(d, d.log)
 	d.serveMetrics()
 	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
-	d.wellTold(d.notify("READY=1\nSTATUS=serving "+d.cfg.Mountpoint), 10*time.Second)
+	d.wellTold(d.notify("READY=1\nSTATUS="+d.statusText()), 10*time.Second)
 	go watchdog(socketPath(d.name), d.stopped)
 	if err := detach(); err != nil {
 		d.log.Warn("cannot detach", "error", err)
@@ -132,7 +141,7 @@ func (d *served) wait(signals <-chan os.Signal) error {
 func (d *served) heed(s os.Signal) {
 	switch {
 	case s == syscall.SIGHUP:
-		d.log.Warn("reloading is not implemented in this version; restart to read the configuration again")
+		go d.Reload()
 	case s == syscall.SIGUSR1:
 		go d.handOver()
 	case d.revoking.Swap(true):
@@ -172,6 +181,8 @@ func (d *served) Revoke(wait time.Duration) (err error) {
 // warn says it now, and again whenever status is asked.
 func (d *served) warn(text string) {
 	d.log.Warn(text)
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.warnings = append(d.warnings, text)
 }
 
