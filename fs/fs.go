@@ -68,8 +68,9 @@ type Options struct {
 	Audit     Auditor // nil: no record is kept
 	Log       *slog.Logger
 
-	// Changed is told the path of each sealed or plain file that was replaced, edited or
-	// removed in the source, from a goroutine of its own. nil: nobody wants to know.
+	// Changed is told where in the source something may be another than before: the path of
+	// a file or a directory, "" when that is not known. It is called from a goroutine of its
+	// own; [FS.Look] tells what is there. See [FS.WatchAll]. nil: nobody wants to know.
 	Changed func(path string)
 
 	fresh    time.Duration // how long a change counts as fresh; 0: freshFor
