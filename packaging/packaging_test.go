@@ -148,6 +148,7 @@ func TestContents(t *testing.T) {
 	rpm := listRPM(t, only(t, dir, "*.rpm"))
 	for _, want := range append(common,
 		"-rw-r--r-- root:root /lib/systemd/system/kmsfs@.service",
+		"-rw-r--r-- root:root /lib/systemd/system/kmsfs-ready@.service",
 		"-rw-r--r-- root:root /usr/share/zsh/vendor-completions/_kmsfs",
 		"-rw-r--r-- root:root /usr/share/doc/kmsfs/changelog.gz") {
 		if !slices.Contains(deb, want) {
@@ -156,6 +157,7 @@ func TestContents(t *testing.T) {
 	}
 	for _, want := range append(common,
 		"-rw-r--r-- root:root /usr/lib/systemd/system/kmsfs@.service",
+		"-rw-r--r-- root:root /usr/lib/systemd/system/kmsfs-ready@.service",
 		"-rw-r--r-- root:root /usr/share/zsh/site-functions/_kmsfs") {
 		if !slices.Contains(rpm, want) {
 			t.Errorf("the rpm lacks %s", want)

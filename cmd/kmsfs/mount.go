@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -28,7 +29,7 @@ func (u *ui) mountCommand() *cli.Command {
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "mount what this `FILE` says", TakesFile: true},
 			&cli.StringSliceFlag{Name: "key", Usage: "do without a configuration: `URI` of the key; may be repeated"},
 			&cli.StringFlag{Name: "tree", Usage: "with --key: `NAME` of the tree (default: the base name of SOURCE)"},
-			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: 60s under systemd, else 0s)"},
+			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: without end under systemd, else 0s)"},
 			&cli.BoolFlag{Name: "learn", Usage: "let owner and mode alone decide, and record what the rules would have refused"},
 		},
 		Action: u.mount,
@@ -65,6 +66,7 @@ func (u *ui) mount(c *cli.Context) error {
 			d.log.Info("stopped before anything was mounted")
 			return nil
 		}
+		d.pace(c.Context, err)
 		return err
 	}
 	d.ready()
@@ -168,7 +170,7 @@ func bareMount(c *cli.Context, keys []string) (*config.Config, string, error) {
 // waitForKey is how long a key service may be late.
 func waitForKey(c *cli.Context) time.Duration {
 	if !c.IsSet("wait-for-key") && os.Getenv("NOTIFY_SOCKET") != "" {
-		return 60 * time.Second
+		return math.MaxInt64
 	}
 	return c.Duration("wait-for-key")
 }

@@ -134,7 +134,7 @@ func TestNotify(t *testing.T) {
 	if err := m.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	m.until(t, "STOPPING=1")
+	m.until(t, "STATUS=revoking")
 	if err := m.cmd.Wait(); err != nil {
 		t.Errorf("after SIGTERM: %v", err)
 	}
@@ -194,7 +194,7 @@ func TestSecondSignalMeansNow(t *testing.T) {
 	go func() {
 		asked <- control.Dial(socketPath(nameOfMountpoint(m.mnt))).Revoke(context.Background(), time.Hour)
 	}()
-	m.until(t, "STOPPING=1")
+	m.until(t, "STATUS=revoking")
 	if err := m.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

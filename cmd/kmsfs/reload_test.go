@@ -110,7 +110,7 @@ func TestReloadWhileRevoking(t *testing.T) {
 	daemon := control.Dial(socketPath("shop"))
 	asked := make(chan error, 1)
 	go func() { asked <- daemon.Revoke(t.Context(), patience) }()
-	m.until(t, "STOPPING=1")
+	m.until(t, "STATUS=revoking")
 	r, err := daemon.Reload(t.Context())
 	if err != nil || r.Failure == nil || r.Failure.Code != exitNotMounted || !strings.Contains(r.Failure.Text, "being revoked") {
 		t.Errorf("got %+v, %v", r, err)

@@ -40,6 +40,7 @@ type served struct {
 	source  *os.File
 	arena   *secmem.Arena
 	ring    *ring
+	waiting waiting
 	policy  *policy.Policy
 	caller  *caller.Reader
 	audit   *audit.Log
@@ -159,7 +160,9 @@ func (d *served) heed(s os.Signal) {
 func (d *served) Revoke(wait time.Duration) (err error) {
 	d.revoking.Store(true)
 	d.because("kmsfs umount")
-	told := d.notify("STOPPING=1\nSTATUS=revoking")
+	// Without STOPPING=1: after it systemd would leave out ExecStop=, which stops the
+	// applications that are bound to a tree that ends without systemd.
+	told := d.notify("STATUS=revoking")
 	dropped := d.dropKept()
 	defer func() {
 		d.wellTold(told, time.Second)
