@@ -338,14 +338,15 @@ func TestLife(t *testing.T) {
 		write(t, filepath.Join(bench, name+".version"), output(t, "/", "dpkg-deb", "-f", deb, "Version"))
 	}
 	output(t, built.repo, "go", "build", "-o", filepath.Join(bench, "kmsemu"), "./kmsclient/kmstest/cmd/kmsemu")
+	output(t, built.repo, "go", "build", "-o", filepath.Join(bench, "agent"), "./internal/boot/agent")
 	write(t, filepath.Join(root, "etc/systemd/system/lifecycle.service"), lifecycleUnit)
 	output(t, root, "mkdir", "-p", "var/log/journal", "etc/systemd/system/multi-user.target.wants")
 	output(t, root, "ln", "-s", "../lifecycle.service", "etc/systemd/system/multi-user.target.wants/")
 
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
 	boot := exec.CommandContext(ctx, "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--directory="+root,
-		"--capability=all", "--system-call-filter=memfd_secret", "--private-network", "--bind=/dev/fuse", "--boot")
+		"--capability=all", "--system-call-filter=memfd_secret", "--private-network", "--bind=/dev/fuse", "--bind=/dev/autofs", "--boot")
 	boot.Cancel = func() error { return boot.Process.Signal(os.Interrupt) }
 	boot.WaitDelay = time.Minute
 	console, err := boot.CombinedOutput()
