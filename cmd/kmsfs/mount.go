@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -28,7 +29,7 @@ func (u *ui) mountCommand() *cli.Command {
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "mount what this `FILE` says", TakesFile: true},
 			&cli.StringSliceFlag{Name: "key", Usage: "do without a configuration: `URI` of the key; may be repeated"},
 			&cli.StringFlag{Name: "tree", Usage: "with --key: `NAME` of the tree (default: the base name of SOURCE)"},
-			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: 60s under systemd, else 0s)"},
+			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: without end under systemd, else 0s)"},
 			&cli.BoolFlag{Name: "await-attach", Usage: "let kmsfs systemd attach mount, for a daemon in a mount namespace of its own"},
 			&cli.BoolFlag{Name: "learn", Usage: "let owner and mode alone decide, and record what the rules would have refused"},
 		},
@@ -55,9 +56,12 @@ func (u *ui) mount(c *cli.Context) error {
 	if err := secmem.Harden(); err != nil {
 		return fmt.Errorf("harden the process: %w", err)
 	}
-	d := &served{cfg: cfg, name: name, learn: c.Bool("learn"), outside: c.Bool("await-attach"), log: newLog(u.stderr),
+	d := &served{cfg: cfg, inForce: cfg, name: name, learn: c.Bool("learn"), outside: c.Bool("await-attach"), log: newLog(u.stderr),
 		since: time.Now(), stopped: make(chan struct{}), kept: takeKept()}
 	defer d.close()
+	if d.again, err = rereading(c, cfg); err != nil {
+		return err
+	}
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1)
 	if err := d.start(c.Context, waitForKey(c)); err != nil {
@@ -68,6 +72,7 @@ func (u *ui) mount(c *cli.Context) error {
 			d.log.Info("stopped before anything was mounted")
 			return nil
 		}
+		d.pace(c.Context, err)
 		return err
 	}
 	d.ready()
@@ -118,6 +123,26 @@ func configuredMount(nameOrFile, point string) (*config.Config, string, error) {
 	return cfg, cfg.Name, nil
 }
 
+// rereading returns how the configuration is read once more, by the same command line;
+// nil: there is no file.
+func rereading(c *cli.Context, cfg *config.Config) (func() (*config.Config, error), error) {
+	if cfg.File == "" {
+		return nil, nil
+	}
+	file, err := filepath.Abs(cfg.File)
+	if err != nil {
+		return nil, err
+	}
+	point := c.Args().Get(1)
+	if c.String("config") != "" {
+		point = c.Args().First()
+	}
+	return func() (*config.Config, error) {
+		next, _, err := configuredMount(file, point)
+		return next, err
+	}, nil
+}
+
 func bareMount(c *cli.Context, keys []string) (*config.Config, string, error) {
 	if c.NArg() != 2 {
 		return nil, "", usage(c, errors.New("--key needs SOURCE and MOUNTPOINT"), false)
@@ -146,7 +171,7 @@ func bareMount(c *cli.Context, keys []string) (*config.Config, string, error) {
 // waitForKey is how long a key service may be late.
 func waitForKey(c *cli.Context) time.Duration {
 	if !c.IsSet("wait-for-key") && os.Getenv("NOTIFY_SOCKET") != "" {
-		return 60 * time.Second
+		return math.MaxInt64
 	}
 	return c.Duration("wait-for-key")
 }

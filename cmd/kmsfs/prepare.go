@@ -25,9 +25,7 @@ func (d *served) prepare() error {
 	if d.policy, err = compilePolicy(d.cfg); err != nil {
 		return err
 	}
-	for _, w := range d.policy.Warnings() {
-		d.warn(w)
-	}
+	d.setRuleWarnings(d.policy.Warnings())
 	if err := d.learning(); err != nil {
 		return err
 	}

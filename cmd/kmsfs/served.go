@@ -27,7 +27,7 @@ import (
 
 // served is one running mount with all that it holds.
 type served struct {
-	cfg   *config.Config
+	cfg   *config.Config // what it was mounted with
 	name  string
 	learn bool
 	log   *slog.Logger
@@ -44,6 +44,7 @@ type served struct {
 	source  *os.File
 	arena   *secmem.Arena
 	ring    *ring
+	waiting waiting
 	policy  *policy.Policy
 	caller  *caller.Reader
 	audit   *audit.Log
@@ -56,10 +57,19 @@ type served struct {
 
 	revoking atomic.Bool
 	reason   atomic.Pointer[string] // why access ended
-	warnings []string
-	once     sync.Once
-	stopped  chan struct{} // closed when the mount is gone
-	result   error         // of the revocation, once stopped
+
+	again     func() (*config.Config, error) // reads the configuration; nil: there is none
+	reloading sync.Mutex                     // held while that is done
+	inForce   *config.Config                 // what was read last; guarded by reloading
+
+	mu           sync.Mutex
+	warnings     []string // of the mount
+	ruleWarnings []string // of the rules in force
+	lastReload   *control.Reload
+
+	once    sync.Once
+	stopped chan struct{} // closed when the mount is gone
+	result  error         // of the revocation, once stopped
 }
 
 // mount hands everything to the file system and opens the control socket.
@@ -115,7 +125,7 @@ func (d *served) ready() {
 		go d.answerAttach()
 	}
 	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
-	d.tellReady("serving " + d.cfg.Mountpoint)
+	d.tellReady(d.statusText())
 	go watchdog(socketPath(d.name), d.stopped)
 	if err := detach(); err != nil {
 		d.log.Warn("cannot detach", "error", err)
@@ -144,7 +154,7 @@ func (d *served) wait(signals <-chan os.Signal) error {
 func (d *served) heed(s os.Signal) {
 	switch {
 	case s == syscall.SIGHUP:
-		d.log.Warn("reloading is not implemented in this version; restart to read the configuration again")
+		go d.Reload()
 	case s == syscall.SIGUSR1:
 		go d.handOver()
 	case d.revoking.Swap(true):
@@ -162,7 +172,9 @@ func (d *served) heed(s os.Signal) {
 func (d *served) Revoke(wait time.Duration) (err error) {
 	d.revoking.Store(true)
 	d.because("kmsfs umount")
-	told := d.notify("STOPPING=1\nSTATUS=revoking")
+	// Without STOPPING=1: after it systemd would leave out ExecStop=, which stops the
+	// applications that are bound to a tree that ends without systemd.
+	told := d.notify("STATUS=revoking")
 	dropped := d.dropKept()
 	defer func() {
 		d.wellTold(told, time.Second)
@@ -184,6 +196,8 @@ func (d *served) Revoke(wait time.Duration) (err error) {
 // warn says it now, and again whenever status is asked.
 func (d *served) warn(text string) {
 	d.log.Warn(text)
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.warnings = append(d.warnings, text)
 }
 

@@ -32,11 +32,27 @@ type Status struct {
 	Memory     Memory    `json:"memory"`
 	Keys       []Key     `json:"keys"`
 	Audit      Audit     `json:"audit"`
+	Reload     *Reload   `json:"reload,omitempty"` // the last one; none yet: nil
 
 	KeyOperations []KeyOperations `json:"key_operations"`
 	LatencyBounds []time.Duration `json:"latency_bounds_ns"` // of the buckets of KeyOperations, but the last
 
 	Warnings []string `json:"warnings"`
+}
+
+// A Reload is what became of reading the configuration again.
+type Reload struct {
+	Time    time.Time `json:"time"`
+	Changed []string  `json:"changed"`       // settings that took effect
+	Restart []string  `json:"needs_restart"` // settings that differ, and take effect with the next mount
+	Failure *Failure  `json:"failure,omitempty"`
+}
+
+// A Failure says why a configuration was not taken over: the one before is in force, whole.
+type Failure struct {
+	Text  string   `json:"text"`
+	Code  int      `json:"exit_code"` // that the command line ends with
+	Hints []string `json:"hints,omitempty"`
 }
 
 // Open is one open file.
