@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
@@ -94,15 +95,26 @@ func attachFor(conn *net.UnixConn, cfg *config.Config) error {
 	if err := fulfil(conn, cfg, w); err != nil {
 		code, _ := advise(err)
 		_ = send(conn, gift{Code: code})
-		_, _ = conn.Read(make([]byte, 1)) // the daemon ends with our exit code, before systemd ends it
+		_, _ = conn.Read(make([]byte, 1)) // the daemon ends with our exit code, when it likes; then we
 		return err
 	}
-	if n, err := conn.Read(make([]byte, 1)); n == 0 { // it says why itself
-		_ = fs.ClearStale(cfg.Mountpoint)
-		return errors.Join(fmt.Errorf("attach %s: %w: the daemon did not serve the mount", cfg.Name, errMountFailed), err)
+	said := []byte{notServed}
+	_, err := conn.Read(said)
+	if said[0] == isServed {
+		return nil
 	}
-	return nil
+	_ = fs.ClearStale(cfg.Mountpoint)
+	if err == nil {
+		_, _ = conn.Read(said) // as above
+	}
+	return fmt.Errorf("attach %s: %w: the daemon does not serve the mount", cfg.Name, errMountFailed)
 }
+
+// What the daemon says in the end.
+const (
+	isServed  = '1'
+	notServed = '0'
+)
 
 func fulfil(conn *net.UnixConn, cfg *config.Config, w wish) error {
 	if w.Source != cfg.Source || w.Mountpoint != cfg.Mountpoint || w.AllowOther != cfg.AllowOther {
@@ -186,9 +198,11 @@ func (u *ui) systemdDetach(c *cli.Context) error {
 }
 
 // crashed reports whether systemd's variables (systemd.exec(5), $EXIT_CODE) speak of a
-// daemon that did not end by its own will. Go's runtime panics with 2, which we never use.
+// daemon that did not end by its own will, or that systemd could not start: from 200 on they
+// are its own. Go's runtime panics with 2, which we never use.
 func crashed(code, status string) bool {
-	return code == "killed" || code == "dumped" || code == "exited" && status == "2"
+	n, _ := strconv.Atoi(status)
+	return code == "killed" || code == "dumped" || code == "exited" && (n == 2 || n >= 200)
 }
 
 // attachPath is where a daemon with --await-attach listens.

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kmsfs/internal/config"
 	"kmsfs/internal/localkey"
 )
 
@@ -170,15 +171,45 @@ func TestSandboxRefused(t *testing.T) {
 	b := newSandbox(t)
 	b.start()
 	b.until("READY=1")
-	elsewhere := t.TempDir()
-	b.configure(t, "source = %q\nmountpoint = %q\nkeys = [\"file:/nowhere\"]\n", b.tree, elsewhere)
+	if err := os.Rename(b.tree, b.tree+".away"); err != nil {
+		t.Fatal(err)
+	}
 	said, code := b.command("attach")
-	if code != exitMount || !strings.Contains(said, "the configuration has changed") {
+	if code != exitConfig || !strings.Contains(said, b.tree) {
 		t.Errorf("attach: exit code %d: %s", code, said)
 	}
-	b.end(exitMount)
-	if b.mounted() {
-		t.Error("there is a mount")
+	b.end(exitConfig)
+	if err := os.Rename(b.tree+".away", b.tree); err != nil || b.mounted() {
+		t.Errorf("%v, or there is a mount", err)
+	}
+}
+
+// TestAttachBelievesTheConfiguration: a daemon gets nothing else.
+func TestAttachBelievesTheConfiguration(t *testing.T) {
+	cfg := config.Default(true)
+	cfg.Name, cfg.Source, cfg.Mountpoint = "shop", "/srv/shop", "/mnt/shop"
+	for _, w := range []wish{
+		{Source: "/etc", Mountpoint: "/mnt/shop", AllowOther: true},
+		{Source: "/srv/shop", Mountpoint: "/etc", AllowOther: true},
+		{Source: "/srv/shop", Mountpoint: "/etc", AllowOther: true, Dev: 1},
+		{Source: "/srv/shop", Mountpoint: "/mnt/shop"},
+	} {
+		if err := fulfil(nil, cfg, w); !errors.Is(err, errMountFailed) {
+			t.Errorf("%+v: %v", w, err)
+		}
+	}
+}
+
+// TestCrashed: what systemd says of a daemon's end.
+func TestCrashed(t *testing.T) {
+	for said, want := range map[string]bool{
+		"": false, "exited 0": false, "exited 11": false, "exited 42": false,
+		"killed KILL": true, "dumped SEGV": true, "exited 2": true, "exited 219": true,
+	} {
+		code, status, _ := strings.Cut(said, " ")
+		if crashed(code, status) != want {
+			t.Errorf("%q: %v", said, !want)
+		}
 	}
 }
 

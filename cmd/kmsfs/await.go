@@ -45,9 +45,10 @@ func (d *served) listenAttach() (err error) {
 	return nil
 }
 
-// await lets kmsfs systemd attach mount: systemd runs it when we are ready. It hears on the
-// connection whether we serve what it has brought.
-func (d *served) await(ctx context.Context, o *fs.Options) (*net.UnixConn, error) {
+// await lets kmsfs systemd attach mount: systemd runs it when we are ready. On the connection
+// it hears whether we serve what it has brought, and waits for our end if we do not: it is
+// ours to say when a start that failed ends.
+func (d *served) await(ctx context.Context, o *fs.Options) error {
 	d.tellReady("mounting " + d.cfg.Mountpoint)
 	stop := context.AfterFunc(ctx, func() { _ = d.attach.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -57,22 +58,33 @@ func (d *served) await(ctx context.Context, o *fs.Options) (*net.UnixConn, error
 	conn, err := d.attach.AcceptUnix()
 	switch {
 	case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded):
-		return nil, ctx.Err()
+		return ctx.Err()
 	case err != nil:
-		return nil, withHint(fmt.Errorf("nobody has mounted for us within %v", attachWait),
+		return withHint(fmt.Errorf("nobody has mounted for us within %v", attachWait),
 			"--await-attach needs ExecStartPost=+/usr/bin/kmsfs systemd attach NAME in the unit")
 	}
 	g, files, err := d.ask(conn, 0)
 	if err == nil && (files[keptDevice] == nil || files[keptSource] == nil) {
 		err = errors.New("kmsfs systemd attach has brought no mount")
 	}
+	d.attached = conn
 	if err != nil {
-		conn.Close()
-		return nil, err
+		return err
 	}
 	d.source = files[keptSource]
 	o.Mounted = &fs.Mounted{Device: files[keptDevice], Twin: files[givenTwin], Control: files[givenControl], ID: g.ID, Dev: g.Dev}
-	return conn, nil
+	return nil
+}
+
+// answer lets kmsfs systemd attach go on. If nobody hears it, systemd ends us.
+func (d *served) answer(served byte) {
+	if d.attached == nil {
+		return
+	}
+	_, _ = d.attached.Write([]byte{served})
+	if served == isServed {
+		_ = d.attached.Close()
+	}
 }
 
 // ask tells kmsfs systemd attach what is wished for, to mount or what goes with the mount at
@@ -155,7 +167,7 @@ func (d *served) answerAttach() {
 		_, files, err := d.ask(conn, d.fs.Dev())
 		if err == nil {
 			d.fs.Equip(files[givenTwin], files[givenControl])
-			_, _ = conn.Write([]byte("1"))
+			_, _ = conn.Write([]byte{isServed})
 		} else {
 			d.log.Warn("kmsfs systemd attach is of no use", "error", err)
 		}

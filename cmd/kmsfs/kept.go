@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -132,13 +131,12 @@ func (d *served) take(ctx context.Context, o fs.Options) (err error) {
 }
 
 func (d *served) mountAnew(ctx context.Context, o fs.Options) (err error) {
-	var attached *net.UnixConn
 	if d.outside {
-		if attached, err = d.await(ctx, &o); err != nil {
-			return err
-		}
-		defer attached.Close()
-	} else if d.source, err = openUncovered(d.cfg); err != nil {
+		err = d.await(ctx, &o)
+	} else {
+		d.source, err = openUncovered(d.cfg)
+	}
+	if err != nil {
 		return err
 	}
 	o.Source = d.source
@@ -148,14 +146,13 @@ func (d *served) mountAnew(ctx context.Context, o fs.Options) (err error) {
 		}
 	}
 	if d.fs, err = fs.Mount(ctx, o); err != nil {
+		d.answer(notServed)
 		return err
 	}
 	if d.ledger = o.Ledger; d.ledger != nil {
 		d.store()
 	}
-	if attached != nil { // if nobody hears it, systemd ends us
-		_, _ = attached.Write([]byte("1"))
-	}
+	d.answer(isServed)
 	return nil
 }
 

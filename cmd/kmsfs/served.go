@@ -33,9 +33,10 @@ type served struct {
 	log   *slog.Logger
 	since time.Time
 
-	outside bool              // the mount is in another namespace than we are
-	attach  *net.UnixListener // for kmsfs systemd attach; nil if not outside
-	told    bool              // systemd knows that we are ready
+	outside  bool              // the mount is in another namespace than we are
+	attach   *net.UnixListener // for kmsfs systemd attach; nil if not outside
+	attached *net.UnixConn     // to it, while it waits for us
+	told     bool              // systemd knows that we are ready
 
 	kept    *kept // of a predecessor that died; nil: none, or served
 	storing bool  // systemd keeps something of ours
