@@ -19,6 +19,7 @@ import (
 	"kmsfs/internal/caller"
 	"kmsfs/internal/config"
 	"kmsfs/internal/control"
+	"kmsfs/internal/onchange"
 	"kmsfs/internal/policy"
 	"kmsfs/internal/sealed"
 	"kmsfs/internal/secmem"
@@ -50,6 +51,7 @@ type served struct {
 	control *control.Server
 	hold    interface{ Close() error } // keeps hibernation away; may be nil
 	fs      *fs.FS
+	changes *onchange.Runner
 
 	revoking atomic.Bool
 	reason   atomic.Pointer[string] // why access ended
@@ -58,10 +60,11 @@ type served struct {
 	reloading sync.Mutex                     // held while that is done
 	inForce   *config.Config                 // what was read last; guarded by reloading
 
-	mu           sync.Mutex
-	warnings     []string // of the mount
-	ruleWarnings []string // of the rules in force
-	lastReload   *control.Reload
+	mu            sync.Mutex
+	warnings      []string // of the mount
+	ruleWarnings  []string // of the rules in force
+	changeWarning string   // of [on_change] in force; may be empty
+	lastReload    *control.Reload
 
 	once    sync.Once
 	stopped chan struct{} // closed when the mount is gone
@@ -77,6 +80,7 @@ func (d *served) mount(ctx context.Context) error {
 		Opener:    &sealed.Opener{Keys: d.ring.keys, Arena: d.arena, MaxFile: p.MaxFile},
 		Plaintext: store.Options{Arena: d.arena, TTL: p.TTL, StaleOK: p.StaleOK},
 		Policy:    d.policy, Caller: d.caller, Audit: &d.tally, Log: d.log,
+		Changed: d.changes.Changed,
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -85,6 +89,7 @@ func (d *served) mount(ctx context.Context) error {
 		d.record("mount", "", err)
 		return err
 	}
+	d.changes.Start(d.watchChanges(d.cfg.OnChange.Run))
 	reasons := []string{}
 	if n := d.fs.Takeovers(); n > 0 {
 		reasons = append(reasons, "taken over")
@@ -160,6 +165,7 @@ func (d *served) heed(s os.Signal) {
 func (d *served) Revoke(wait time.Duration) (err error) {
 	d.revoking.Store(true)
 	d.because("kmsfs umount")
+	d.changes.Stop()
 	// Without STOPPING=1: after it systemd would leave out ExecStop=, which stops the
 	// applications that are bound to a tree that ends without systemd.
 	told := d.notify("STATUS=revoking")
@@ -191,6 +197,7 @@ func (d *served) warn(text string) {
 
 // close gives everything back, in the reverse order, as far as it came.
 func (d *served) close() {
+	d.closeChanges()
 	if d.fs != nil {
 		d.record("revoke", d.ending(), d.result)
 	}
