@@ -37,7 +37,7 @@ func (d *served) Status() control.Status {
 	if d.scraped != nil {
 		s.Metrics = d.scraped.Addr().String()
 	}
-	s.Reload = d.reloaded()
+	s.Reload, s.OnChange = d.reloaded(), d.changeStatus()
 	s.Opens, s.Audit = d.tally.counts(), d.auditStatus()
 	s.KeyOperations, s.LatencyBounds = d.keyOperations(), keyring.Buckets()
 	return s

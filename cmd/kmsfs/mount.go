@@ -29,7 +29,7 @@ func (u *ui) mountCommand() *cli.Command {
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "mount what this `FILE` says", TakesFile: true},
 			&cli.StringSliceFlag{Name: "key", Usage: "do without a configuration: `URI` of the key; may be repeated"},
 			&cli.StringFlag{Name: "tree", Usage: "with --key: `NAME` of the tree (default: the base name of SOURCE)"},
-			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: without end under systemd, else 0s)"},
+			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: without end as a service, 1m from fstab, else 0s)"},
 			&cli.BoolFlag{Name: "await-attach", Usage: "let kmsfs systemd attach mount, for a daemon in a mount namespace of its own"},
 			&cli.BoolFlag{Name: "learn", Usage: "let owner and mode alone decide, and record what the rules would have refused"},
 		},
@@ -170,8 +170,13 @@ func bareMount(c *cli.Context, keys []string) (*config.Config, string, error) {
 
 // waitForKey is how long a key service may be late.
 func waitForKey(c *cli.Context) time.Duration {
-	if !c.IsSet("wait-for-key") && os.Getenv("NOTIFY_SOCKET") != "" {
+	switch {
+	case c.IsSet("wait-for-key"):
+		return c.Duration("wait-for-key")
+	case supervised():
 		return math.MaxInt64
+	case os.Getenv(detachVariable) != "": // mount(8) waits for us
+		return time.Minute
 	}
-	return c.Duration("wait-for-key")
+	return 0
 }

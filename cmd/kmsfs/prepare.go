@@ -57,6 +57,7 @@ func (d *served) prepare() error {
 	if err := d.listenAttach(); err != nil {
 		return err
 	}
+	d.changes = d.newChanges()
 	d.holdHibernation()
 	return d.openMetrics()
 }
@@ -65,9 +66,6 @@ func (d *served) prepare() error {
 func checkImplemented(cfg *config.Config) error {
 	if len(cfg.Groups) > 0 {
 		return cfg.Problem("group.0", errors.New("[[group]] is not implemented in this version"), "leave it out; each file is switched by itself")
-	}
-	if len(cfg.OnChange.Run) > 0 {
-		return cfg.Problem("on_change.run", errors.New("[on_change] is not implemented in this version"), "leave it out; a systemd path unit can watch the source")
 	}
 	return nil
 }

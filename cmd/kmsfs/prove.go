@@ -54,9 +54,12 @@ const startMargin = time.Minute
 // starts a daemon that crashed again at once, does not try it ten times a second.
 const afterFailure = 5 * time.Second
 
+// supervised reports whether systemd started us, and starts another when we fail.
+func supervised() bool { return os.Getenv("NOTIFY_SOCKET") != "" && os.Getenv(detachVariable) == "" }
+
 // pace waits before a start that failed ends, where systemd makes another.
 func (d *served) pace(ctx context.Context, failure error) {
-	if os.Getenv("NOTIFY_SOCKET") == "" || d.kept != nil {
+	if !supervised() || d.kept != nil {
 		return
 	}
 	switch code, _ := advise(failure); code {

@@ -156,6 +156,7 @@ func (d *served) apply(next *config.Config, rules *policy.Policy) {
 		rules = rules.Learning()
 	}
 	d.fs.SetPolicy(rules)
+	d.changes.SetCommand(d.watchChanges(next.OnChange.Run))
 }
 
 // setReload remembers the outcome for status.
@@ -202,6 +203,9 @@ func (d *served) allWarnings() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	all := append(append([]string{}, d.warnings...), d.ruleWarnings...)
+	if d.changeWarning != "" {
+		all = append(all, d.changeWarning)
+	}
 	if r := d.lastReload; r != nil && r.Failure != nil {
 		all = append(all, notReloaded(r.Failure))
 	} else if r != nil && len(r.Restart) > 0 {

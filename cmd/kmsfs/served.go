@@ -19,6 +19,7 @@ import (
 	"kmsfs/internal/caller"
 	"kmsfs/internal/config"
 	"kmsfs/internal/control"
+	"kmsfs/internal/onchange"
 	"kmsfs/internal/policy"
 	"kmsfs/internal/sealed"
 	"kmsfs/internal/secmem"
@@ -55,6 +56,7 @@ type served struct {
 	control *control.Server
 	hold    interface{ Close() error } // keeps hibernation away; may be nil
 	fs      *fs.FS
+	changes *onchange.Runner
 
 	revoking atomic.Bool
 	reason   atomic.Pointer[string] // why access ended
@@ -63,10 +65,11 @@ type served struct {
 	reloading sync.Mutex                     // held while that is done
 	inForce   *config.Config                 // what was read last; guarded by reloading
 
-	mu           sync.Mutex
-	warnings     []string // of the mount
-	ruleWarnings []string // of the rules in force
-	lastReload   *control.Reload
+	mu            sync.Mutex
+	warnings      []string // of the mount
+	ruleWarnings  []string // of the rules in force
+	changeWarning string   // of [on_change] in force; may be empty
+	lastReload    *control.Reload
 
 	once    sync.Once
 	stopped chan struct{} // closed when the mount is gone
@@ -82,6 +85,7 @@ func (d *served) mount(ctx context.Context) error {
 		Opener:    &sealed.Opener{Keys: d.ring.keys, Arena: d.arena, MaxFile: p.MaxFile},
 		Plaintext: store.Options{Arena: d.arena, TTL: p.TTL, StaleOK: p.StaleOK},
 		Policy:    d.policy, Caller: d.caller, Audit: &d.tally, Log: d.log,
+		Changed: d.changes.Changed,
 	}
 	if d.outside {
 		o.MountTable = machine() + "/mountinfo"
@@ -93,6 +97,7 @@ func (d *served) mount(ctx context.Context) error {
 		d.record("mount", "", err)
 		return err
 	}
+	d.changes.Start(d.watchChanges(d.cfg.OnChange.Run))
 	reasons := []string{}
 	if n := d.fs.Takeovers(); n > 0 {
 		reasons = append(reasons, "taken over")
@@ -173,6 +178,7 @@ func (d *served) heed(s os.Signal) {
 func (d *served) Revoke(wait time.Duration) (err error) {
 	d.revoking.Store(true)
 	d.because("kmsfs umount")
+	d.changes.Stop()
 	// Without STOPPING=1: after it systemd would leave out ExecStop=, which stops the
 	// applications that are bound to a tree that ends without systemd.
 	told := d.notify("STATUS=revoking")
@@ -204,6 +210,7 @@ func (d *served) warn(text string) {
 
 // close gives everything back, in the reverse order, as far as it came.
 func (d *served) close() {
+	d.closeChanges()
 	if d.fs != nil {
 		d.record("revoke", d.ending(), d.result)
 	}

@@ -174,6 +174,9 @@ func printStatus(w io.Writer, s *control.Status, now time.Time) {
 	if text := auditState(s.Audit); text != "" {
 		line("audit", "%s", text)
 	}
+	if s.OnChange != nil {
+		line("on_change", "%s", oneLine(changeState(s.OnChange, now)))
+	}
 	if s.Metrics != "" {
 		line("metrics", "http://%s/metrics", s.Metrics)
 	}
@@ -255,6 +258,22 @@ func openCount(o control.Opens) string {
 		text += " from memory"
 	}
 	return text
+}
+
+// changeState says how the command of [on_change] does.
+func changeState(c *control.OnChange, now time.Time) string {
+	about := count(c.Pending, "file") + " changed"
+	switch {
+	case c.Running:
+		return "running: " + about
+	case c.GaveUp:
+		return fmt.Sprintf("GAVE UP after %s until something changes: %s (%s)", count(c.Attempts, "attempt"), c.Failure, about)
+	case c.Failure != "":
+		return fmt.Sprintf("FAILS: %s (%s, %s, the next in %s)", c.Failure, about, count(c.Attempts, "attempt"), ago(c.Next, now))
+	case c.Runs == 0:
+		return "not run yet: " + strings.Join(c.Command, " ")
+	}
+	return fmt.Sprintf("done %s ago (%s, %d failed)", ago(now, c.Last), count(int(c.Runs), "run"), c.Failures)
 }
 
 // auditState says where records go, and what is wrong with that.

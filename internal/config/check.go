@@ -352,8 +352,17 @@ func (c *checker) group(at string, number int, d groupTable) Group {
 
 func (c *checker) onChange(d onChangeTable, o *OnChange) {
 	o.Run = d.Run
-	if len(d.Run) > 0 && d.Run[0] == "" {
-		c.bad("on_change.run", `run = ["systemctl", "reload", "shop.service"]`, "on_change.run names no program")
+	const example = `run = ["systemctl", "reload", "shop.service"]`
+	switch {
+	case len(d.Run) == 0:
+	case d.Run[0] == "":
+		c.bad("on_change.run", example, "on_change.run names no program")
+	case strings.Contains(d.Run[0], "/") && !filepath.IsAbs(d.Run[0]):
+		c.bad("on_change.run", "write the whole path, from /, or the bare name of a program", "on_change.run: %q is relative to nothing", d.Run[0])
+	case len(d.Run) == 1 && strings.Contains(d.Run[0], " "):
+		c.bad("on_change.run", "there is no shell; write each argument by itself: "+example, "on_change.run: there is hardly a program called %q", d.Run[0])
+	case slices.ContainsFunc(d.Run, func(s string) bool { return strings.Contains(s, "\x00") }):
+		c.bad("on_change.run", "", "on_change.run: an argument cannot hold a NUL byte")
 	}
 }
 

@@ -32,12 +32,27 @@ type Status struct {
 	Memory     Memory    `json:"memory"`
 	Keys       []Key     `json:"keys"`
 	Audit      Audit     `json:"audit"`
+	OnChange   *OnChange `json:"on_change,omitempty"`
 	Reload     *Reload   `json:"reload,omitempty"` // the last one; none yet: nil
 
 	KeyOperations []KeyOperations `json:"key_operations"`
 	LatencyBounds []time.Duration `json:"latency_bounds_ns"` // of the buckets of KeyOperations, but the last
 
 	Warnings []string `json:"warnings"`
+}
+
+// OnChange is how the command does that is run after changes.
+type OnChange struct {
+	Command  []string  `json:"command"`
+	Running  bool      `json:"running"`
+	Pending  int       `json:"pending"` // files that no successful run was about
+	Runs     uint64    `json:"runs"`
+	Failures uint64    `json:"failures"`
+	Last     time.Time `json:"last,omitzero"`     // when the last run ended
+	Failure  string    `json:"failure,omitempty"` // of the last run
+	Attempts int       `json:"attempts"`          // that have failed in a row
+	Next     time.Time `json:"next,omitzero"`     // of the next attempt
+	GaveUp   bool      `json:"gave_up"`
 }
 
 // A Reload is what became of reading the configuration again.
