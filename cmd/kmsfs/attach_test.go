@@ -114,7 +114,7 @@ func TestSandbox(t *testing.T) {
 	}
 	for i := range 3 {
 		loop.advance()
-		if i == 1 { // an upgrade
+		if i == 2 { // an upgrade
 			if err := b.cmd.Process.Signal(syscall.SIGUSR1); err != nil {
 				t.Fatal(err)
 			}
