@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -16,7 +17,7 @@ import (
 // A Mounted is a mount that nobody answers yet: whoever uses it waits.
 type Mounted struct {
 	Device  *os.File // the connection to the kernel
-	Twin    *os.File // a detached copy of the mount, see holdTwin; nil: not to be had
+	Twin    *os.File // a detached copy of the mount; nil: not to be had
 	Control *os.File // ends the connection when it is written to; nil: not needed, or not to be had
 	ID      int      // in the mount table
 	Dev     uint64   // st_dev
@@ -55,7 +56,7 @@ func Equip(mountpoint string, dev uint64) (*Mounted, error) {
 			continue
 		}
 		if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {
-			m.Twin = holdTwin(e.Point)
+			m.Twin = cloneMount(e.Point)
 		}
 		m.ID = e.ID
 		if m.Control, err = openControl(dev); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -82,18 +83,74 @@ func (f *FS) Equip(twin, control *os.File) { f.t.equip(twin, control) }
 // Dev is the st_dev of the mount.
 func (f *FS) Dev() uint64 { return f.t.dev.Load() }
 
-// Equipment is what [FS.Equip] was given, or the mount came with. Either may be nil.
-func (f *FS) Equipment() (twin, control *os.File) { return f.t.twin.Load(), f.t.control.Load() }
+// Equipment is what [FS.Equip] was given, or the mount came with. Either may be nil. The twin
+// is the caller's.
+func (f *FS) Equipment() (twin, control *os.File) {
+	twin, _ = f.t.twin.dup()
+	return twin, f.t.control.Load()
+}
 
 func (f *tree) equip(twin, control *os.File) {
 	if twin != nil {
-		f.dropTwin()
-		f.twin.Store(twin)
+		f.twin.take(twin)
 	}
 	if control != nil {
 		if old := f.control.Swap(control); old != nil {
 			_ = old.Close()
 		}
+	}
+}
+
+// A twin is a detached copy of the mount. As long as it exists the file system outlives its
+// mountpoint: when somebody unmounts that by hand there is time to overwrite pages before
+// they are freed.
+type twin struct {
+	mu sync.Mutex
+	fd int // -1: none
+}
+
+// cloneMount returns a twin of the mount at point, or nil.
+func cloneMount(point string) *os.File {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, point, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return nil
+	}
+	return os.NewFile(uintptr(fd), point)
+}
+
+// take replaces it by f, which is closed.
+func (t *twin) take(f *os.File) {
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return
+	}
+	t.drop()
+	t.mu.Lock()
+	t.fd = fd
+	t.mu.Unlock()
+}
+
+// dup returns a descriptor for whoever may have to wait while he uses it.
+func (t *twin) dup() (*os.File, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fd < 0 {
+		return nil, os.ErrClosed
+	}
+	fd, err := unix.FcntlInt(uintptr(t.fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate the twin of the mount: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "twin"), nil
+}
+
+func (t *twin) drop() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fd >= 0 {
+		_ = unix.Close(t.fd)
+		t.fd = -1
 	}
 }
 
@@ -132,7 +189,7 @@ func attachFrom(src *source, o *Options) (*Mounted, error) {
 		m.Close()
 		return nil, fmt.Errorf("mount %s: it is not in the mount table", o.Mountpoint)
 	}
-	m.ID, m.Dev, m.Twin = top.ID, top.Dev, holdTwin(o.Mountpoint)
+	m.ID, m.Dev, m.Twin = top.ID, top.Dev, cloneMount(o.Mountpoint)
 	return m, nil
 }
 

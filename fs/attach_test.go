@@ -20,9 +20,11 @@ func (w *world) mountOutside() {
 	w.must(errors.Join(err, dir.Close()))
 	w.o.Mounted, w.o.MountTable = m, mountinfo.Self
 	w.mount()
-	if twin, control := w.fs.Equipment(); twin == nil || control == nil || w.fs.Dev() != m.Dev {
+	twin, control := w.fs.Equipment()
+	if twin == nil || control == nil || w.fs.Dev() != m.Dev {
 		w.t.Fatalf("equipment: %v, %v", twin, control)
 	}
+	w.must(twin.Close())
 }
 
 // TestOutside: what is mounted for a daemon by another is revoked whole; only the dead
@@ -59,8 +61,8 @@ func TestEquip(t *testing.T) {
 	if m.Twin == nil || m.Control == nil {
 		t.Fatalf("found %+v", m)
 	}
-	w.fs.Equip(m.Twin, m.Control)
 	w.read("f0", string(readTwin(t, m.Twin, "f0")))
+	w.fs.Equip(m.Twin, m.Control)
 	w.must(w.fs.Revoke(t.Context(), false))
 	w.gone()
 	if m, err := Equip(w.mnt, w.fs.Dev()); err != nil || m.Twin != nil || m.Control != nil {

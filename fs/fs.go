@@ -183,10 +183,10 @@ type tree struct {
 	overwritten atomic.Uint64 // nodes whose pages the kernel has overwritten and dropped
 
 	server  atomic.Pointer[fuse.Server]
-	device  *os.File                // a duplicate to ask whether the connection lives
-	dev     atomic.Uint64           // st_dev of the mount
-	mountID int                     // 0: not to be seen from here
-	twin    atomic.Pointer[os.File] // a detached copy of the mount, or nil; see holdTwin
+	device  *os.File      // a duplicate to ask whether the connection lives
+	dev     atomic.Uint64 // st_dev of the mount
+	mountID int           // 0: not to be seen from here
+	twin    twin
 	control atomic.Pointer[os.File] // ends the connection when it is written to, or nil
 	mounts  *mountWatch
 	served  chan struct{} // closed when the connection has ended
@@ -225,7 +225,7 @@ func newTree(o Options) (*tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &tree{o: o, src: src,
+	t := &tree{o: o, src: src, twin: twin{fd: -1},
 		served: make(chan struct{}), now: make(chan struct{}), done: make(chan struct{})}
 	var st unix.Stat_t
 	if err := src.stat("", &st); err != nil {
@@ -324,10 +324,11 @@ func (f *tree) refusePoll() {
 	}
 	at, path := unix.AT_FDCWD, f.o.Mountpoint+"/"+pollHackName
 	if f.outside() {
-		twin := f.twin.Load()
-		if twin == nil {
+		twin, err := f.twin.dup()
+		if err != nil {
 			return
 		}
+		defer twin.Close()
 		at, path = int(twin.Fd()), pollHackName
 	}
 	fd, err := unix.Openat(at, path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
@@ -346,7 +347,7 @@ func (f *tree) free() {
 	if f.device != nil {
 		_ = f.device.Close()
 	}
-	f.dropTwin()
+	f.twin.drop()
 	if c := f.control.Swap(nil); c != nil {
 		_ = c.Close()
 	}

@@ -214,7 +214,7 @@ func (f *tree) abort() error {
 	default:
 	}
 	// The last mount may be the twin: then this destroys the file system, and aborts.
-	f.dropTwin()
+	f.twin.drop()
 	err := f.endConnection()
 	select {
 	case <-f.served:
@@ -295,23 +295,6 @@ func (f *tree) closeHandles() {
 	}
 	for _, n := range f.table.all(func(*node) bool { return true }) {
 		f.unpin(n)
-	}
-}
-
-// holdTwin returns a detached copy of the mount, or nil. As long as it exists the
-// file system outlives its mountpoint: when somebody unmounts that by hand there is
-// time to overwrite pages before they are freed.
-func holdTwin(point string) *os.File {
-	fd, err := unix.OpenTree(unix.AT_FDCWD, point, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err != nil {
-		return nil
-	}
-	return os.NewFile(uintptr(fd), point)
-}
-
-func (f *tree) dropTwin() {
-	if twin := f.twin.Swap(nil); twin != nil {
-		_ = twin.Close()
 	}
 }
 

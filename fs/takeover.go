@@ -102,7 +102,7 @@ func (f *tree) recognize(m *mountNote) error {
 			f.dev.Store(e.Dev)
 			f.mountID = e.ID
 			if top, ok := topMount(all, e.Point); ok && top.ID == e.ID && !f.outside() {
-				f.equip(holdTwin(e.Point), nil)
+				f.equip(cloneMount(e.Point), nil)
 			}
 			return nil
 		}
@@ -309,9 +309,8 @@ const (
 func (f *tree) answerLost() {
 	first := uint64(0)
 	for known := false; !known; {
-		if twin := f.twin.Load(); twin != nil && f.past.first.Load() == 0 { // so that there is a first request
-			var st unix.Statfs_t
-			_ = unix.Fstatfs(int(twin.Fd()), &st)
+		if f.past.first.Load() == 0 {
+			f.askOnce()
 		}
 		known = f.past.first.Load() != 0 // a while ago
 		select {
@@ -334,6 +333,15 @@ func (f *tree) answerLost() {
 		}
 	}
 	f.o.Log.Info("answered requests that the predecessor had not", "count", answered)
+}
+
+// askOnce makes the kernel send us a request, if there is a way.
+func (f *tree) askOnce() {
+	if twin, err := f.twin.dup(); err == nil {
+		defer twin.Close()
+		var st unix.Statfs_t
+		_ = unix.Fstatfs(int(twin.Fd()), &st)
+	}
 }
 
 // A lateContent is the content of a handle that a predecessor has given out, once somebody
