@@ -132,9 +132,10 @@ func (d *served) take(ctx context.Context, o fs.Options) (err error) {
 
 func (d *served) mountAnew(ctx context.Context, o fs.Options) (err error) {
 	if d.outside {
+		d.warnOfHidden()
 		err = d.await(ctx, &o)
-	} else {
-		d.source, err = openUncovered(d.cfg)
+	} else if d.source, err = openUncovered(d.cfg); err == nil {
+		d.warnOfHidden()
 	}
 	if err != nil {
 		return err

@@ -228,7 +228,7 @@ func TestAdvice(t *testing.T) {
 		{wrapped(keyring.ErrBadWrapping), exitDamaged, "inspect"},
 		{wrapped(errNoKeyService), exitNoBackend, ""},
 		{wrapped(hsm.ErrNoModule), exitNoBackend, "install the module"},
-		{errors.Join(wrapped(hsm.ErrNoModule), wrapped(keyring.ErrUnavailable)), exitUnavailable, ""},
+		{errors.Join(wrapped(hsm.ErrNoModule), wrapped(keyring.ErrUnavailable)), exitUnavailable, "reachable"},
 		{wrapped(sealed.ErrTampered), exitDamaged, "backup"},
 		{wrapped(sealed.ErrMisplaced), exitMisplaced, "inspect"},
 		{fmt.Errorf("%w: %w", sealed.ErrNoKey, keyring.ErrBadWrapping), exitForeignKey, "keys"},

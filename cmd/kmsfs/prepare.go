@@ -117,6 +117,34 @@ func openUncovered(cfg *config.Config) (*os.File, error) {
 	return dir, nil
 }
 
+// warnOfHidden tells of what a mountpoint apart from the source holds: while the tree is
+// mounted nobody sees it.
+func (d *served) warnOfHidden() {
+	root := ""
+	if d.outside {
+		root = machine() + "/root"
+	}
+	point, err := os.Open(root + d.cfg.Mountpoint)
+	if err != nil {
+		return // mounting says why
+	}
+	defer point.Close()
+	source, err := os.Stat(root + d.cfg.Source)
+	if here, e := point.Stat(); err != nil || e != nil || os.SameFile(here, source) {
+		return
+	}
+	if names, _ := point.Readdirnames(-1); len(names) > 0 {
+		d.warn(fmt.Sprintf("mountpoint %s is not empty: %s in it cannot be seen while the tree is mounted", d.cfg.Mountpoint, entries(len(names))))
+	}
+}
+
+func entries(n int) string {
+	if n == 1 {
+		return "1 entry"
+	}
+	return fmt.Sprintf("%d entries", n)
+}
+
 // memory locks what max_memory says, or less with a warning.
 func (d *served) memory() (*secmem.Arena, error) {
 	want := d.cfg.Plaintext.MaxMemory

@@ -22,7 +22,8 @@ func (u *ui) reloadCommand() *cli.Command {
 		ArgsUsage: "NAME|MOUNTPOINT",
 		Description: "Rules, default and [on_change] take effect at once, for the next open and for the owners and modes that are\n" +
 			"shown; what is open stays open. Settings that need a restart are named. A configuration with an error changes\n" +
-			"nothing: the one before stays in force. SIGHUP does the same, and tells the log.",
+			"nothing: it is shown, the one before stays in force, and the exit code is 11. SIGHUP does the same, and tells\n" +
+			"the log.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "the mount is that of this `FILE`", TakesFile: true},
 		},

@@ -166,6 +166,37 @@ await systemctl -q is-active kmsfs@second
 systemctl stop kmsfs@second
 is "$(mounts) $(prop kmsfs@second Result)" '/srv/shop success'
 
+step 'a reload: rules change under the mount, and after changes systemd is asked to reload others'
+cp /etc/kmsfs/shop.toml shop.toml
+cat >/etc/systemd/system/hook.service <<END
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=true
+ExecReload=/bin/sh -c 'echo reloaded >>/run/hooked'
+END
+systemctl daemon-reload
+systemctl start hook
+sed -i 's/0400/0444/' /etc/kmsfs/shop.toml
+printf '[on_change]\nrun = ["systemctl", "reload", "hook.service"]\n' >>/etc/kmsfs/shop.toml
+systemctl reload kmsfs@shop
+is "$(prop kmsfs@shop ActiveState) $(prop kmsfs@shop MainPID)" "active $pid"
+is "$(stat -c %a /srv/shop/password)" 444
+printf new >word
+kmsfs seal --as extra -o /srv/shop/extra -c shop word
+await test -s /run/hooked
+settled() { kmsfs status shop | grep 'on_change  done '; }
+await settled
+is "$(cat /run/hooked)" reloaded
+echo 'runs = 1' >>/etc/kmsfs/shop.toml
+refuses systemctl reload kmsfs@shop
+prop kmsfs@shop StatusText | grep 'the configuration was not reloaded: .*unknown key "runs"'
+is "$(prop kmsfs@shop ActiveState) $(prop kmsfs@shop MainPID)" "active $pid"
+cp shop.toml /etc/kmsfs/shop.toml
+systemctl reload kmsfs@shop
+is "$(prop kmsfs@shop StatusText)" 'serving /srv/shop'
+is "$(stat -c %a /srv/shop/password)" 400
+
 step watchdog
 mkdir -p /run/systemd/system/kmsfs@shop.service.d
 printf '[Service]\nWatchdogSec=1s\n' >/run/systemd/system/kmsfs@shop.service.d/test.conf
