@@ -147,16 +147,16 @@ sed -e '/^ExecSt[a-z]*Post=/d; s/ --await-attach//; /^Private\(Mounts\|Tmp\|Devi
 	/lib/systemd/system/kmsfs@.service >/etc/systemd/system/kmsfs@.service
 systemctl daemon-reload
 systemctl start kmsfs@second
-pid=$(prop kmsfs@second MainPID)
-is "$(readlink /proc/$pid/ns/mnt)" "$(readlink /proc/1/ns/mnt)"
+direct=$(prop kmsfs@second MainPID)
+is "$(readlink /proc/$direct/ns/mnt)" "$(readlink /proc/1/ns/mnt)"
 exec 8</mnt/second/file
 rm /etc/systemd/system/kmsfs@.service
 systemctl daemon-reload
-kill -USR1 $pid
+kill -USR1 $direct
 taken() { kmsfs status second | grep -q "taken over $1 time"; }
 await taken 1
 is "$(cat /mnt/second/file)" 'by fstab'
-kill -9 $pid
+kill -9 $direct
 is "$(cat /mnt/second/file)" 'by fstab'
 await taken 2
 is "$(cat <&8)" 'by fstab'
