@@ -124,7 +124,9 @@ func (d *served) take(ctx context.Context, o fs.Options) (err error) {
 		_ = d.source.Close()
 		return err
 	}
-	d.fs.Equip(k.twin, k.control)
+	if k.twin != nil {
+		d.fs.Equip(k.twin, k.control)
+	}
 	_, _ = k.device.Close(), k.source.Close()
 	d.ledger, d.kept, d.storing = k.ledger, nil, true
 	return nil
