@@ -174,7 +174,7 @@ type tree struct {
 	device  *os.File      // a duplicate to ask whether the connection lives
 	dev     atomic.Uint64 // st_dev of the mount
 	mountID int           // 0: not to be seen from here
-	twin    int           // a detached copy of the mount, or -1; see holdTwin
+	twin    int           // a detached copy of the mount, or -1; see cloneMount
 	mounts  *mountWatch
 	served  chan struct{} // closed when the connection has ended
 	ledger  *ledger
@@ -242,10 +242,12 @@ func (f *tree) mount() error {
 	if f.o.Device != nil {
 		return f.takeOver()
 	}
-	fd, err := f.descriptor()
+	made, err := f.attach()
 	if err != nil {
 		return err
 	}
+	fd := made.device
+	f.twin = made.twin
 	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
 		_ = unix.Close(fd)
@@ -256,7 +258,9 @@ func (f *tree) mount() error {
 		_ = unix.Close(fd)
 		return err
 	}
-	f.twin = holdTwin(f.o.Mountpoint, f.mountID)
+	if f.twin < 0 && f.mountID != 0 {
+		f.twin = cloneMount(unix.AT_FDCWD, f.o.Mountpoint, 0)
+	}
 	server, err := fuse.NewServer(f, "/dev/fd/"+strconv.Itoa(fd), f.serverOptions())
 	if err != nil {
 		_ = f.detach()
@@ -266,13 +270,13 @@ func (f *tree) mount() error {
 	return f.beginLedger(0, *server.KernelSettings())
 }
 
-// descriptor returns a mounted /dev/fuse that the server may own.
-func (f *tree) descriptor() (int, error) {
+// attach mounts where that may be done.
+func (f *tree) attach() (attachment, error) {
 	if err := ClearStale(f.o.Mountpoint); err != nil {
-		return -1, err
+		return attachment{}, err
 	}
 	if err := checkPlace(f.src, f.o.Mountpoint); err != nil {
-		return -1, err
+		return attachment{}, err
 	}
 	return attach(&f.o, f.src.name)
 }

@@ -3,10 +3,7 @@ package fs
 import (
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,9 +13,6 @@ import (
 
 // ErrMounted reports that a live kmsfs mount is at the mountpoint already.
 var ErrMounted = errors.New("a kmsfs mount is there already")
-
-// maxRead is the largest READ we ask the kernel to send.
-const maxRead = 128 << 10
 
 // probeTimeout is how long a mount found at the mountpoint may take to answer
 // before it counts as alive but stuck.
@@ -131,75 +125,4 @@ func hasAncestor(fd int, want *unix.Stat_t) (bool, error) {
 		}
 		st = up
 	}
-}
-
-// attach opens the FUSE device and mounts it. The kernel waits for the first
-// answer on the descriptor from then on.
-func attach(o *Options, fsname string) (int, error) {
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return -1, fmt.Errorf("open /dev/fuse: %w", fuseHint(err))
-	}
-	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d,max_read=%d,default_permissions",
-		fd, os.Geteuid(), os.Getegid(), maxRead)
-	if o.AllowOther {
-		data += ",allow_other"
-	}
-	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_RDONLY)
-	err = unix.Mount(fsname, o.Mountpoint, mountType, flags, data)
-	if err == nil {
-		return fd, nil
-	}
-	_ = unix.Close(fd)
-	if errors.Is(err, unix.EPERM) {
-		return attachUnprivileged(o, fsname)
-	}
-	return -1, fmt.Errorf("mount %s: %w", o.Mountpoint, fuseHint(err))
-}
-
-func fuseHint(err error) error {
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO) {
-		return fmt.Errorf("%w (the fuse module is not loaded: modprobe fuse)", err)
-	}
-	return err
-}
-
-// attachUnprivileged lets the set-user-id helper fusermount3 mount for us. It
-// sends the descriptor over the socket whose number is in _FUSE_COMMFD, as
-// libfuse documents it.
-func attachUnprivileged(o *Options, fsname string) (int, error) {
-	helper, err := lookHelper()
-	if err != nil {
-		return -1, fmt.Errorf("mount %s: %w, and %w (package fuse3)", o.Mountpoint, unix.EPERM, err)
-	}
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return -1, fmt.Errorf("mount %s: socketpair: %w", o.Mountpoint, err)
-	}
-	ours, theirs := os.NewFile(uintptr(pair[0]), "fusermount"), os.NewFile(uintptr(pair[1]), "fusermount")
-	defer ours.Close()
-	defer theirs.Close()
-	opts := []string{"ro", "nosuid", "nodev", "default_permissions", "subtype=kmsfs",
-		"fsname=" + strings.ReplaceAll(strings.ReplaceAll(fsname, `\`, `\\`), ",", `\,`),
-		fmt.Sprintf("max_read=%d", maxRead)}
-	if o.AllowOther {
-		opts = append(opts, "allow_other")
-	}
-	if err := runHelper(helper, theirs, o.Mountpoint, "-o", strings.Join(opts, ",")); err != nil {
-		return -1, fmt.Errorf("mount %s: %w", o.Mountpoint, err)
-	}
-	buf, oob := make([]byte, 1), make([]byte, unix.CmsgSpace(4))
-	_, n, _, _, err := unix.Recvmsg(int(ours.Fd()), buf, oob, unix.MSG_CMSG_CLOEXEC)
-	if err != nil {
-		return -1, fmt.Errorf("mount %s: receive from fusermount3: %w", o.Mountpoint, err)
-	}
-	msgs, err := unix.ParseSocketControlMessage(oob[:n])
-	if err != nil || len(msgs) != 1 {
-		return -1, fmt.Errorf("mount %s: fusermount3 sent no descriptor", o.Mountpoint)
-	}
-	fds, err := unix.ParseUnixRights(&msgs[0])
-	if err != nil || len(fds) != 1 {
-		return -1, fmt.Errorf("mount %s: fusermount3 sent no descriptor", o.Mountpoint)
-	}
-	return fds[0], nil
 }

@@ -6,8 +6,8 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 )
 
-// What would write is refused. The kernel sends none of it on a read-only
-// mount; a bug there must not become one here.
+// What would write is refused. The kernel sends none of it on a read-only mount;
+// root can make that writable, and what is refused here is all that is between.
 
 // SetAttr refuses.
 func (f *tree) SetAttr(<-chan struct{}, *fuse.SetAttrIn, *fuse.AttrOut) fuse.Status {

@@ -302,20 +302,6 @@ func (f *tree) locate() error {
 	return nil
 }
 
-// holdTwin returns a detached copy of the mount, or -1. As long as it exists the
-// file system outlives its mountpoint: when somebody unmounts that by hand there is
-// time to overwrite pages before they are freed.
-func holdTwin(point string, mountID int) int {
-	if mountID == 0 {
-		return -1
-	}
-	fd, err := unix.OpenTree(unix.AT_FDCWD, point, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err != nil {
-		return -1
-	}
-	return fd
-}
-
 func (f *tree) dropTwin() {
 	if f.twin >= 0 {
 		_ = unix.Close(f.twin)

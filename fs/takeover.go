@@ -102,7 +102,7 @@ func (f *tree) recognize(m *mountNote) error {
 			f.dev.Store(e.Dev)
 			f.mountID = e.ID
 			if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {
-				f.twin = holdTwin(e.Point, e.ID)
+				f.twin = cloneMount(unix.AT_FDCWD, e.Point, 0)
 			}
 			return nil
 		}

@@ -1,0 +1,173 @@
+package fs
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxRead is the largest READ we ask the kernel to send.
+const maxRead = 128 << 10
+
+// An attachment is what is left in hand of a mount that was just made.
+type attachment struct {
+	device int // of the connection; the kernel waits for the first answer on it
+	twin   int // a detached copy of the mount, or -1
+}
+
+// attach opens the FUSE device and mounts it, read-only for everybody. The file system
+// itself is writable where the kernel lets us tell the two apart: a twin of the mount
+// can then be made writable, for nobody but us.
+func attach(o *Options, fsname string) (attachment, error) {
+	made := attachment{device: -1, twin: -1}
+	var err error
+	for _, way := range []func(*Options, string) (attachment, error){attachNew, attachOld, attachUnprivileged} {
+		made, err = way(o, fsname)
+		// Before Linux 5.2; filtered away, or not root; a source with a name of more than 255 bytes.
+		if !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EINVAL) {
+			break
+		}
+	}
+	if err != nil {
+		return made, fmt.Errorf("mount %s: %w", o.Mountpoint, err)
+	}
+	return made, nil
+}
+
+// withDevice opens the FUSE device, and mounts it by do.
+func withDevice(do func(device int) (twin int, err error)) (attachment, error) {
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return attachment{-1, -1}, fmt.Errorf("open /dev/fuse: %w", fuseHint(err))
+	}
+	twin, err := do(fd)
+	if err != nil {
+		_ = unix.Close(fd)
+		return attachment{-1, -1}, fuseHint(err)
+	}
+	return attachment{fd, twin}, nil
+}
+
+// attachNew makes the mount aside, so that it is read-only when it appears.
+func attachNew(o *Options, fsname string) (attachment, error) {
+	return withDevice(func(device int) (twin int, err error) {
+		mount, err := detachedMount(o, fsname, device)
+		if err != nil {
+			return -1, err
+		}
+		defer unix.Close(mount)
+		// mount(2) follows a link at the end, too.
+		if err := unix.MoveMount(mount, "", unix.AT_FDCWD, o.Mountpoint, unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS); err != nil {
+			return -1, fmt.Errorf("move_mount: %w", err)
+		}
+		return cloneMount(mount, "", unix.AT_EMPTY_PATH), nil
+	})
+}
+
+// detachedMount returns a mount that is nowhere yet.
+func detachedMount(o *Options, fsname string, device int) (int, error) {
+	ctx, err := unix.Fsopen("fuse", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsopen: %w", err)
+	}
+	defer unix.Close(ctx)
+	for _, set := range [][2]string{
+		{"source", fsname}, {"subtype", "kmsfs"}, {"fd", strconv.Itoa(device)}, {"rootmode", "40000"},
+		{"user_id", strconv.Itoa(os.Geteuid())}, {"group_id", strconv.Itoa(os.Getegid())}, {"max_read", strconv.Itoa(maxRead)},
+	} {
+		if err := unix.FsconfigSetString(ctx, set[0], set[1]); err != nil {
+			return -1, fmt.Errorf("fsconfig %s=%s: %w", set[0], set[1], err)
+		}
+	}
+	err = unix.FsconfigSetFlag(ctx, "default_permissions")
+	if err == nil && o.AllowOther {
+		err = unix.FsconfigSetFlag(ctx, "allow_other")
+	}
+	if err == nil {
+		err = unix.FsconfigCreate(ctx)
+	}
+	if err != nil {
+		return -1, fmt.Errorf("fsconfig: %w", err)
+	}
+	mount, err := unix.Fsmount(ctx, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
+	if err != nil {
+		return -1, fmt.Errorf("fsmount: %w", err)
+	}
+	return mount, nil
+}
+
+// attachOld mounts by mount(2): the file system itself is read-only.
+func attachOld(o *Options, fsname string) (attachment, error) {
+	return withDevice(func(device int) (twin int, err error) {
+		data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d,max_read=%d,default_permissions",
+			device, os.Geteuid(), os.Getegid(), maxRead)
+		if o.AllowOther {
+			data += ",allow_other"
+		}
+		return -1, unix.Mount(fsname, o.Mountpoint, mountType, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_RDONLY, data)
+	})
+}
+
+// cloneMount returns a detached copy of the mount at path below dir, or -1. As long as it
+// exists the file system outlives its mountpoint: when somebody unmounts that by hand there
+// is time to overwrite pages before they are freed.
+func cloneMount(dir int, path string, flags uint) int {
+	fd, err := unix.OpenTree(dir, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|flags)
+	if err != nil {
+		return -1
+	}
+	return fd
+}
+
+func fuseHint(err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO) {
+		return fmt.Errorf("%w (the fuse module is not loaded: modprobe fuse)", err)
+	}
+	return err
+}
+
+// attachUnprivileged lets the set-user-id helper fusermount3 mount for us. It
+// sends the descriptor over the socket whose number is in _FUSE_COMMFD, as
+// libfuse documents it.
+func attachUnprivileged(o *Options, fsname string) (attachment, error) {
+	none := attachment{-1, -1}
+	helper, err := lookHelper()
+	if err != nil {
+		return none, fmt.Errorf("%w, and %w (package fuse3)", unix.EPERM, err)
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return none, fmt.Errorf("socketpair: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(pair[0]), "fusermount"), os.NewFile(uintptr(pair[1]), "fusermount")
+	defer ours.Close()
+	defer theirs.Close()
+	opts := []string{"ro", "nosuid", "nodev", "default_permissions", "subtype=kmsfs",
+		"fsname=" + strings.ReplaceAll(strings.ReplaceAll(fsname, `\`, `\\`), ",", `\,`),
+		fmt.Sprintf("max_read=%d", maxRead)}
+	if o.AllowOther {
+		opts = append(opts, "allow_other")
+	}
+	if err := runHelper(helper, theirs, o.Mountpoint, "-o", strings.Join(opts, ",")); err != nil {
+		return none, fmt.Errorf("%w", err)
+	}
+	buf, oob := make([]byte, 1), make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := unix.Recvmsg(int(ours.Fd()), buf, oob, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return none, fmt.Errorf("receive from fusermount3: %w", err)
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(msgs) != 1 {
+		return none, fmt.Errorf("fusermount3 sent no descriptor")
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) != 1 {
+		return none, fmt.Errorf("fusermount3 sent no descriptor")
+	}
+	return attachment{fds[0], -1}, nil
+}
