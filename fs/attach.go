@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -113,9 +114,48 @@ func attachOld(o *Options, fsname string) (attachment, error) {
 	})
 }
 
-// cloneMount returns a detached copy of the mount at path below dir, or -1. As long as it
-// exists the file system outlives its mountpoint: when somebody unmounts that by hand there
-// is time to overwrite pages before they are freed.
+// A twin is a detached copy of the mount. As long as it exists the file system outlives its
+// mountpoint: when somebody unmounts that by hand there is time to overwrite pages before
+// they are freed.
+type twin struct {
+	mu sync.Mutex
+	fd int // -1: none
+}
+
+// unlock makes it writable, Linux 5.12. Only who has the descriptor can get there.
+func (t *twin) unlock() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fd < 0 {
+		return errors.New("there is no twin of the mount")
+	}
+	attr := unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
+	return os.NewSyscallError("mount_setattr", unix.MountSetattr(t.fd, "", unix.AT_EMPTY_PATH, &attr))
+}
+
+func (t *twin) dup() (*os.File, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fd < 0 {
+		return nil, os.ErrClosed
+	}
+	fd, err := unix.FcntlInt(uintptr(t.fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate the twin of the mount: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "twin"), nil
+}
+
+func (t *twin) drop() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fd >= 0 {
+		_ = unix.Close(t.fd)
+		t.fd = -1
+	}
+}
+
+// cloneMount returns the descriptor of a twin of the mount at path below dir, or -1.
 func cloneMount(dir int, path string, flags uint) int {
 	fd, err := unix.OpenTree(dir, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|flags)
 	if err != nil {

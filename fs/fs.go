@@ -72,6 +72,11 @@ type Options struct {
 	// removed in the source, from a goroutine of its own. nil: nobody wants to know.
 	Changed func(path string)
 
+	// Poker is a program that calls [PokerMain] when its first argument is [PokerVerb]. With
+	// its help, programs that watch files on the mount are told of changes. "": they are not,
+	// or only those that watch a file itself.
+	Poker string
+
 	fresh    time.Duration // how long a change counts as fresh; 0: freshFor
 	noResend bool          // for tests: as on a kernel that cannot send requests again
 }
@@ -164,6 +169,7 @@ type tree struct {
 	dirs    dirHandles
 	headers headers
 	watch   *watcher
+	herald  *herald
 	log     reporter
 	pins    atomic.Int32
 
@@ -174,7 +180,7 @@ type tree struct {
 	device  *os.File      // a duplicate to ask whether the connection lives
 	dev     atomic.Uint64 // st_dev of the mount
 	mountID int           // 0: not to be seen from here
-	twin    int           // a detached copy of the mount, or -1; see cloneMount
+	twin    twin
 	mounts  *mountWatch
 	served  chan struct{} // closed when the connection has ended
 	ledger  *ledger
@@ -212,7 +218,7 @@ func newTree(o Options) (*tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &tree{o: o, src: src, twin: -1,
+	t := &tree{o: o, src: src, twin: twin{fd: -1},
 		served: make(chan struct{}), now: make(chan struct{}), done: make(chan struct{})}
 	var st unix.Stat_t
 	if err := src.stat("", &st); err != nil {
@@ -234,6 +240,7 @@ func newTree(o Options) (*tree, error) {
 		return nil, err
 	}
 	t.watch = newWatcher(t)
+	t.herald = newHerald(t)
 	return t, nil
 }
 
@@ -247,7 +254,7 @@ func (f *tree) mount() error {
 		return err
 	}
 	fd := made.device
-	f.twin = made.twin
+	f.twin.fd = made.twin
 	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
 		_ = unix.Close(fd)
@@ -258,8 +265,8 @@ func (f *tree) mount() error {
 		_ = unix.Close(fd)
 		return err
 	}
-	if f.twin < 0 && f.mountID != 0 {
-		f.twin = cloneMount(unix.AT_FDCWD, f.o.Mountpoint, 0)
+	if f.twin.fd < 0 && f.mountID != 0 {
+		f.twin.fd = cloneMount(unix.AT_FDCWD, f.o.Mountpoint, 0)
 	}
 	server, err := fuse.NewServer(f, "/dev/fd/"+strconv.Itoa(fd), f.serverOptions())
 	if err != nil {
@@ -304,6 +311,7 @@ func (f *tree) serverOptions() *fuse.MountOptions {
 }
 
 func (f *tree) start() {
+	f.herald.start()
 	f.watch.start()
 	if f.mountID != 0 {
 		f.mounts = watchMounts(f)
@@ -340,7 +348,7 @@ func (f *tree) free() {
 	if f.device != nil {
 		_ = f.device.Close()
 	}
-	f.dropTwin()
+	f.twin.drop()
 	f.watch.close()
 	f.src.close()
 	f.ledger.close()

@@ -82,6 +82,7 @@ type nodeNote struct {
 	Target                             []byte `json:",omitempty"`
 	Size                               int64
 	Exact, Settled, Rewritten, Retired bool   `json:",omitempty"`
+	Unlinked, Untold                   bool   `json:",omitempty"`
 	Digest                             []byte `json:",omitempty"`
 }
 
@@ -270,7 +271,7 @@ func noteOfNode(n *node) note {
 	r := &nodeNote{ID: n.id, Path: []byte(n.path), Kind: n.kind, Dev: n.ver.dev, Ino: n.ver.ino,
 		SourceSize: n.ver.size, Mtime: n.ver.mtime, Ctime: n.ver.ctime,
 		Mode: n.mode, UID: n.uid, GID: n.gid, Nlink: n.nlink, Target: []byte(n.target), Size: n.size.Load(),
-		Exact: n.exact.Load(), Settled: n.settled.Load(), Rewritten: n.rewritten, Retired: n.retired.Load()}
+		Exact: n.exact.Load(), Settled: n.settled.Load(), Rewritten: n.rewritten, Retired: n.retired.Load(), Unlinked: n.unlinked.Load(), Untold: n.untold.Load()}
 	if d := n.digest.Load(); d != nil {
 		r.Digest = d.sum[:]
 	}
@@ -285,6 +286,8 @@ func (r *nodeNote) node() *node {
 	n.exact.Store(r.Exact)
 	n.settled.Store(r.Settled)
 	n.retired.Store(r.Retired)
+	n.unlinked.Store(r.Unlinked)
+	n.untold.Store(r.Untold)
 	n.pages.Store(r.Kind == sealedFile)
 	if len(r.Digest) == len(digest{}.sum) {
 		n.digest.Store(digestFrom([32]byte(r.Digest)))

@@ -39,12 +39,19 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 	}
 	watched := f.watch.add(dir.path)
 	p := path.Join(dir.path, name)
+	step, temp := f.herald.asked(p, in.Pid)
+	switch {
+	case step != nil && !(temp && step.do == moveRename):
+		return f.lookupOld(step, out)
+	case step != nil:
+		p = step.path
+	}
 	if known := f.table.hold(p); known != nil {
 		defer f.unref(known.id, 1)
 	}
 	found, err := f.find(p, true)
 	if err != nil {
-		return f.lookupFailed(dir, name, err)
+		return f.lookupFailed(dir, path.Base(p), err)
 	}
 	n, before := f.table.adopt(found)
 	f.shortenLedger()
@@ -63,7 +70,7 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 	}
 	out.NodeId, out.Generation = n.id, 0
 	out.EntryValid = timeout
-	if n.pin.held() || n.rewritten {
+	if n.pin.held() || n.rewritten || f.herald.announcing(p) {
 		out.EntryValid = 0
 	}
 	valid, errno := f.attr(n, -1, timeout, &out.Attr)
@@ -72,6 +79,9 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 		return fuse.Status(errno)
 	}
 	out.AttrValid = valid
+	if step != nil {
+		step.fresh.Store(true)
+	}
 	return fuse.OK
 }
 
@@ -144,8 +154,8 @@ func (f *tree) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut)
 // attr fills a and returns for how many seconds it holds, timeout at most. fd is an open
 // descriptor of a plain file, or -1.
 func (f *tree) attr(n *node, fd int, timeout uint64, a *fuse.Attr) (valid uint64, errno syscall.Errno) {
-	ver, mode, uid, gid, nlink := n.ver, n.mode, n.uid, n.gid, uint32(1)
-	size := n.size.Load()
+	ver, mode, uid, gid, size := n.ver, n.mode, n.uid, n.gid, n.size.Load()
+	nlink := uint32(1)
 	if n.kind == directory || n.kind == plainFile {
 		var st unix.Stat_t
 		var err error
@@ -172,14 +182,22 @@ func (f *tree) attr(n *node, fd int, timeout uint64, a *fuse.Attr) (valid uint64
 		rule := n.rule(f.policy.Load())
 		mode, uid, gid = override(rule, mode, uid, gid)
 	}
-	*a = fuse.Attr{
+	if n.unlinked.Load() {
+		nlink = 0
+	}
+	*a = attrOf(ver, mode, uid, gid, nlink, size)
+	return timeout, 0
+}
+
+func attrOf(ver version, mode, uid, gid, nlink uint32, size int64) fuse.Attr {
+	a := fuse.Attr{
 		Ino: ver.ino, Size: uint64(size), Blocks: uint64(size+511) / 512, Blksize: 4096,
 		Mode: mode, Nlink: nlink, Owner: fuse.Owner{Uid: uid, Gid: gid},
 		Mtime: uint64(ver.mtime / 1e9), Mtimensec: uint32(ver.mtime % 1e9),
 		Ctime: uint64(ver.ctime / 1e9), Ctimensec: uint32(ver.ctime % 1e9),
 	}
 	a.Atime, a.Atimensec = a.Mtime, a.Mtimensec
-	return timeout, 0
+	return a
 }
 
 // statOpen describes a plain file whose path has moved on by a descriptor that

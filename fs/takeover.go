@@ -102,7 +102,7 @@ func (f *tree) recognize(m *mountNote) error {
 			f.dev.Store(e.Dev)
 			f.mountID = e.ID
 			if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {
-				f.twin = cloneMount(unix.AT_FDCWD, e.Point, 0)
+				f.twin.fd = cloneMount(unix.AT_FDCWD, e.Point, 0)
 			}
 			return nil
 		}
@@ -307,9 +307,10 @@ const (
 // them, and ignores answers to others. On ESTALE it looks paths up again, and reads
 // pages again, without a word to the program that waits.
 func (f *tree) answerLost() {
-	if f.twin >= 0 { // so that there is a first request
+	if t, err := f.twin.dup(); err == nil { // so that there is a first request
 		var st unix.Statfs_t
-		_ = unix.Fstatfs(f.twin, &st)
+		_ = unix.Fstatfs(int(t.Fd()), &st)
+		_ = t.Close()
 	}
 	first := uint64(0)
 	for known := false; !known; {
@@ -414,6 +415,8 @@ func (f *tree) closeLate(h *handle, last bool) {
 func (f *FS) Freeze() error {
 	t := f.t
 	t.frozen.Store(true)
+	t.herald.stop() // its poker may need our answers
+	t.herald.ended(drainTimeout)
 	select {
 	case <-t.replies.freeze():
 	case <-time.After(drainTimeout):

@@ -29,6 +29,8 @@ type watcher struct {
 	byWD map[int32][]*watched
 	full bool // the limit was hit and logged
 
+	made map[string]bool // names that have appeared, perhaps to be written to; used by read and later
+
 	running sync.WaitGroup
 	queue   work // of paths to look at
 	changed work // of paths to tell Options.Changed
@@ -48,7 +50,7 @@ const watchMask = unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_CLOSE_WRITE | 
 const recheckAfter = 100 * time.Millisecond
 
 func newWatcher(f *tree) *watcher {
-	w := &watcher{f: f, dirs: make(map[string]*watched), byWD: make(map[int32][]*watched)}
+	w := &watcher{f: f, dirs: make(map[string]*watched), byWD: make(map[int32][]*watched), made: make(map[string]bool)}
 	w.queue.init()
 	w.changed.init()
 	if remote(f.src.fd) {
@@ -227,6 +229,7 @@ func (w *watcher) event(wd int32, mask uint32, name string) (paths []string) {
 				w.unwatch(p)
 			}
 			paths = append(paths, p)
+			w.report(p, mask)
 			if mask&unix.IN_ISDIR == 0 && mask&(unix.IN_CREATE|unix.IN_ATTRIB) == 0 && w.f.o.Changed != nil {
 				w.changed.add(p)
 			}
@@ -240,6 +243,43 @@ func (w *watcher) event(wd int32, mask uint32, name string) (paths []string) {
 	return paths
 }
 
+// linkedAfter is when a name that has appeared was not made to be written to: nobody has
+// closed it. It is a link then, to a file that was there under another name or none.
+const linkedAfter = time.Second
+
+// report tells the herald of what watchers of the mount should hear of.
+func (w *watcher) report(p string, mask uint32) {
+	x := news{dir: mask&unix.IN_ISDIR != 0, certain: true}
+	var st unix.Stat_t
+	toWrite := mask&unix.IN_CREATE != 0 && w.f.src.stat(p, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case toWrite:
+		x.born, x.certain = true, false
+		w.made[p] = true
+		time.AfterFunc(linkedAfter, func() { w.reportLink(p) })
+	case mask&(unix.IN_CREATE|unix.IN_MOVED_TO) != 0:
+		x.born = true
+		delete(w.made, p)
+	case mask&(unix.IN_CLOSE_WRITE|unix.IN_DELETE|unix.IN_MOVED_FROM) != 0:
+		delete(w.made, p)
+	default:
+		return
+	}
+	w.f.herald.tell(p, x)
+}
+
+func (w *watcher) reportLink(p string) {
+	w.mu.Lock()
+	linked := w.made[p]
+	delete(w.made, p)
+	w.mu.Unlock()
+	if linked {
+		w.f.herald.tell(p, news{certain: true})
+	}
+}
+
 // everything is what to look at when events were lost.
 func (w *watcher) everything() (paths []string) {
 	w.mu.RLock()
@@ -249,6 +289,13 @@ func (w *watcher) everything() (paths []string) {
 	w.mu.RUnlock()
 	for _, n := range w.f.table.all(func(*node) bool { return true }) {
 		paths = append(paths, n.path)
+		if n.id != rootID {
+			x := news{}
+			if !n.retired.Load() {
+				x.was = n
+			}
+			w.f.herald.tell(n.path, x)
+		}
 	}
 	return paths
 }
@@ -270,6 +317,9 @@ func (w *watcher) look(p string) {
 			return
 		case err != nil || now != n:
 			f.retire(n)
+			if f.herald.off.Load() {
+				f.notifyDeleted(p, n)
+			}
 			f.notifyEntry(p)
 			return
 		}

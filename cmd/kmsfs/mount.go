@@ -426,6 +426,7 @@ func (d *served) mount(ctx context.Context) error {
 		Opener:    &sealed.Opener{Keys: d.ring.keys, Arena: d.arena, MaxFile: p.MaxFile},
 		Plaintext: store.Options{Arena: d.arena, TTL: p.TTL, StaleOK: p.StaleOK},
 		Policy:    d.policy, Caller: d.caller, Audit: &d.tally, Log: d.log,
+		Poker: "/proc/self/exe", // still this program when the file has been replaced
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
