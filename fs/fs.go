@@ -72,6 +72,10 @@ type Options struct {
 	// removed in the source, from a goroutine of its own. nil: nobody wants to know.
 	Changed func(path string)
 
+	// Groups are switched together: their files are shown as they were until all were replaced.
+	Groups []Group
+
+	grace    time.Duration // how long a program may take between two files of a group; 0: passGrace
 	fresh    time.Duration // how long a change counts as fresh; 0: freshFor
 	noResend bool          // for tests: as on a kernel that cannot send requests again
 }
@@ -164,6 +168,7 @@ type tree struct {
 	dirs    dirHandles
 	headers headers
 	watch   *watcher
+	groups  *groups
 	log     reporter
 	pins    atomic.Int32
 
@@ -233,7 +238,16 @@ func newTree(o Options) (*tree, error) {
 		src.close()
 		return nil, err
 	}
+	if t.groups, err = newGroups(t, o.Groups); err != nil {
+		src.close()
+		t.ledger.close()
+		return nil, err
+	}
 	t.watch = newWatcher(t)
+	if err := t.groups.begin(); err != nil {
+		t.free()
+		return nil, err
+	}
 	return t, nil
 }
 
