@@ -68,8 +68,9 @@ type Options struct {
 	Audit     Auditor // nil: no record is kept
 	Log       *slog.Logger
 
-	// Changed is told the path of each sealed or plain file that was replaced, edited or
-	// removed in the source, from a goroutine of its own. nil: nobody wants to know.
+	// Changed is told where in the source something may be another than before: the path of
+	// a file or a directory, "" when that is not known. It is called from a goroutine of its
+	// own; [FS.Look] tells what is there. See [FS.WatchAll]. nil: nobody wants to know.
 	Changed func(path string)
 
 	// Groups are switched together: their files are shown as they were until all were replaced.
@@ -115,12 +116,21 @@ func (f *FS) Revoke(ctx context.Context, wait bool) error { return f.t.revoke(ct
 // Done is closed when the mount is gone and nothing of it is left, for whatever reason.
 func (f *FS) Done() <-chan struct{} { return f.t.done }
 
-// SetPolicy replaces the rules from the next open on; shown owners and modes follow.
+// SetPolicy replaces the rules from the next open on, and the owners and modes that are
+// shown. It touches nothing that is open, and waits for nobody: to drop attributes the
+// kernel takes no lock that a request holds. It must not be called by a request's handler.
 func (f *FS) SetPolicy(p *policy.Policy) {
 	f.t.policy.Store(p)
-	server := f.t.server.Load()
-	for _, n := range f.t.table.all(func(n *node) bool { return n.kind == sealedFile || n.kind == plainFile }) {
-		server.InodeNotify(n.id, -1, 0) // attributes only
+	f.t.dropAttributes()
+	// An answer from before may tell the kernel after us.
+	time.AfterFunc(recheckAfter, f.t.dropAttributes)
+}
+
+// dropAttributes makes the kernel ask for the attributes of every file anew.
+func (f *tree) dropAttributes() {
+	server := f.server.Load()
+	for _, n := range f.table.all(func(n *node) bool { return n.kind == sealedFile || n.kind == plainFile }) {
+		server.InodeNotify(n.id, -1, 0)
 	}
 }
 

@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -35,6 +36,9 @@ func (f *FS) Groups() []GroupState { return f.t.groups.states() }
 // SwitchGroups lets every group show what is on disk now, whatever it waits for. Processes
 // that have opened a part of a group are still let finish.
 func (f *FS) SwitchGroups() { f.t.groups.force() }
+
+// ErrGroup reports that a group cannot be switched together.
+var ErrGroup = errors.New("cannot be switched together with others")
 
 // groups hold what members of groups show until it is time to show something else.
 //
@@ -98,7 +102,7 @@ func newGroups(f *tree, list []Group) (*groups, error) {
 			passes: make(map[int]*pass)}
 		for i, p := range g.files {
 			if _, ok := s.member[p]; ok {
-				return nil, fmt.Errorf("group: %s is in two places", p)
+				return nil, fmt.Errorf("group: %s %w: it is in two places", p, ErrGroup)
 			}
 			s.member[p] = place{g, i}
 			for dir := p; dir != ""; {
@@ -133,7 +137,7 @@ func (s *groups) begin() error {
 		for _, m := range g.latest {
 			switch {
 			case m.other:
-				return fmt.Errorf("group: %s is no regular file", m.path)
+				return fmt.Errorf("group: %s %w: it is no regular file", m.path, ErrGroup)
 			case m.large:
 				s.f.o.Log.Warn("a member of a group is larger than max_file, and cannot be opened", "path", m.path, "size", m.ver.size)
 			}
@@ -526,9 +530,7 @@ func (g *group) trySwitch(now time.Time) (switched func()) {
 	why, f := g.why, g.s.f
 	return func() {
 		f.o.Log.Info("switched a group", "files", g.files, "changed", contents, "because", why)
-		if f.o.Changed != nil {
-			f.watch.changed.add(contents...)
-		}
+		f.watch.changed.add(contents...)
 	}
 }
 

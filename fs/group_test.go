@@ -256,30 +256,26 @@ func TestGroupHoldsTheOldVersion(t *testing.T) {
 // TestGroupCountsReplacements: a file that was replaced twice is not of the same generation as one
 // that was replaced once, though both have changed; seen at once they look like a pair.
 func TestGroupCountsReplacements(t *testing.T) {
-	for _, settled := range []bool{false, true} {
-		t.Run(fmt.Sprintf("in stat %v", settled), func(t *testing.T) {
-			w := pairWorld(t)
-			w.shows(0)
-			s := w.fs.t.groups
-			s.seeing.Lock() // nobody looks
-			w.rotate(1, crt, key)
-			w.rotate(2, crt)
-			s.seeing.Unlock()
-			w.shows(0)
-			if st := w.state(); !slices.Equal(st.For, []string{key}) {
-				t.Errorf("state: %+v", st)
-			}
-			w.rotate(2, key)
-			w.shows(2)
-			s.seeing.Lock()
-			w.rewrite(3, crt, key)
-			w.rewrite(4, crt)
-			s.seeing.Unlock()
-			w.shows(2)
-			w.rewrite(4, key)
-			w.shows(4)
-		})
+	w := pairWorld(t)
+	w.shows(0)
+	s := w.fs.t.groups
+	s.seeing.Lock() // nobody looks
+	w.rotate(1, crt, key)
+	w.rotate(2, crt)
+	s.seeing.Unlock()
+	w.shows(0)
+	if st := w.state(); !slices.Equal(st.For, []string{key}) {
+		t.Errorf("state: %+v", st)
 	}
+	w.rotate(2, key)
+	w.shows(2)
+	s.seeing.Lock()
+	w.rewrite(3, crt, key)
+	w.rewrite(4, crt)
+	s.seeing.Unlock()
+	w.shows(2)
+	w.rewrite(4, key)
+	w.shows(4)
 }
 
 // TestGroupSettles: a certificate that is renewed with its old key is shown when the group was left
@@ -546,19 +542,29 @@ func TestGroupDoubtsWhatIsNoSealedFile(t *testing.T) {
 	}
 }
 
-// TestGroupTellsAfterTheSwitch what has changed, and about nothing before.
+// TestGroupTellsAfterTheSwitch what has changed, and about nothing before; who looks sees what is shown.
 func TestGroupTellsAfterTheSwitch(t *testing.T) {
-	told := make(chan string, 100)
+	told := make(chan string, 1000)
 	w := pairWorld(t, func(o *Options) { o.Changed = func(p string) { told <- p } })
+	stamps := func() [2]string {
+		t.Helper()
+		a, err1 := w.fs.Look(crt)
+		b, err2 := w.fs.Look(key)
+		w.must(err1, err2)
+		return [2]string{a.Stamp, b.Stamp}
+	}
+	old := stamps()
+	w.must(os.Remove(filepath.Join(w.src, key)))
 	w.rotate(1, crt)
 	w.shows(0)
+	if l, err := w.fs.Look("tls"); err != nil || len(l.Names) != 2 || stamps() != old {
+		t.Errorf("before the switch: %v, %v, %v; want %v", l, err, stamps(), old)
+	}
 	w.seal("marker", "one")
-	w.read("marker", "one")
-	w.replace("marker", w.sealAs("marker", []byte("two")))
 	for p := range told {
 		if p == "marker" {
 			break
-		} else if p != ".next" {
+		} else if p == crt || p == key {
 			t.Fatalf("told of %s before the switch", p)
 		}
 	}
@@ -572,6 +578,9 @@ func TestGroupTellsAfterTheSwitch(t *testing.T) {
 		case <-time.After(patience):
 			t.Fatalf("told of %v only", got)
 		}
+	}
+	if now := stamps(); now[0] == old[0] || now[1] == old[1] {
+		t.Errorf("after the switch: %v, before: %v", now, old)
 	}
 }
 
@@ -648,8 +657,8 @@ func TestGroupSurvivesACrash(t *testing.T) {
 // TestGroupsAreRefused when they cannot be kept.
 func TestGroupsAreRefused(t *testing.T) {
 	for want, groups := range map[string][]Group{
-		"a is in two places":     {{Files: []string{"a", "b"}}, {Files: []string{"c", "a"}}},
-		"dir is no regular file": {{Files: []string{"a", "dir"}}},
+		"a cannot be switched together with others: it is in two places":     {{Files: []string{"a", "b"}}, {Files: []string{"c", "a"}}},
+		"dir cannot be switched together with others: it is no regular file": {{Files: []string{"a", "dir"}}},
 	} {
 		w := newWorld(t)
 		w.seal("a", "text")

@@ -266,7 +266,7 @@ func (f *tree) find(p string, pinned bool) (*node, error) {
 
 // findImage is find for a member of a group.
 func (f *tree) findImage(m *image) (*node, error) {
-	if !m.there || !m.head.sealed && f.o.SealedOnly {
+	if !f.isShown(m) {
 		return nil, syscall.ENOENT
 	}
 	n := m.node()

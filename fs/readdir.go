@@ -176,7 +176,7 @@ func (f *tree) list(n *node) ([]fuse.DirEntry, error) {
 				continue
 			}
 			p := path.Join(n.path, e.Name)
-			if slices.ContainsFunc(members, func(m *image) bool { return m.path == p }) {
+			if among(members, p) {
 				continue
 			}
 			if mode, ok := f.shown(p, e.Mode); ok {
@@ -186,7 +186,7 @@ func (f *tree) list(n *node) ([]fuse.DirEntry, error) {
 		}
 	}
 	for _, m := range members {
-		if m.there && (m.head.sealed || !f.o.SealedOnly) {
+		if f.isShown(m) {
 			entries = append(entries, fuse.DirEntry{Name: path.Base(m.path), Ino: m.ver.ino, Mode: unix.S_IFREG, Off: uint64(len(entries) + 1)})
 		}
 	}
@@ -194,6 +194,14 @@ func (f *tree) list(n *node) ([]fuse.DirEntry, error) {
 	n.listing.set(v, v.settledAt(now), change)
 	return entries, nil
 }
+
+// among reports whether one of the members is at p.
+func among(members []*image, p string) bool {
+	return slices.ContainsFunc(members, func(m *image) bool { return m.path == p })
+}
+
+// isShown reports whether a member of a group is to be seen.
+func (f *tree) isShown(m *image) bool { return m.there && (m.head.sealed || !f.o.SealedOnly) }
 
 // changes counts what may have changed the list of names in p.
 func (f *tree) changes(p string) uint64 { return f.watch.changes(p) + f.groups.generation.Load() }

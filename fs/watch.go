@@ -23,6 +23,8 @@ type watcher struct {
 	in *os.File // inotify(7); nil where it is of no use
 
 	blind atomic.Bool // for tests: as on a file system that cannot be watched
+	whole atomic.Bool // see FS.WatchAll
+	looks gate        // at the source, by others than the kernel
 
 	mu   sync.RWMutex
 	dirs map[string]*watched
@@ -103,7 +105,10 @@ func (w *watcher) close() {
 
 // wait returns when nothing of a closed watcher runs. A notification may be on
 // its way to the kernel until the connection has ended.
-func (w *watcher) wait() { w.running.Wait() }
+func (w *watcher) wait() {
+	<-w.looks.close()
+	w.running.Wait()
+}
 
 // add watches the directory p and reports whether it is watched.
 func (w *watcher) add(p string) bool {
@@ -276,14 +281,20 @@ func (w *watcher) event(wd int32, mask uint32, name string) (paths []string) {
 		case mask&(unix.IN_DELETE_SELF|unix.IN_MOVE_SELF|unix.IN_IGNORED) != 0:
 			if d.path != "" {
 				w.unwatch(d.path)
+				if w.whole.Load() { // the path may lead to it, or to another, by now
+					w.addBelow(d.path)
+				}
 			}
 		case name != "":
 			p := path.Join(d.path, name)
 			if mask&unix.IN_ISDIR != 0 && mask&unix.IN_ATTRIB == 0 {
 				w.unwatch(p)
+				if w.whole.Load() {
+					w.addBelow(p)
+				}
 			}
 			paths = append(paths, p)
-			if mask&unix.IN_ISDIR == 0 && mask&(unix.IN_CREATE|unix.IN_ATTRIB) == 0 && w.f.o.Changed != nil && !groups.isMember(p) {
+			if mask&unix.IN_ATTRIB == 0 && !groups.isMember(p) { // of those, when they are switched
 				w.changed.add(p)
 			}
 		}
@@ -303,6 +314,10 @@ func (w *watcher) everything() (paths []string) {
 		d.changes.Add(1)
 	}
 	w.mu.RUnlock()
+	w.changed.add("")
+	if w.whole.Load() {
+		w.addBelow("")
+	}
 	for _, n := range w.f.table.all(func(*node) bool { return true }) {
 		paths = append(paths, n.path)
 	}
@@ -335,7 +350,11 @@ func (w *watcher) look(p string) {
 	}
 }
 
-func (w *watcher) tell(p string) { w.f.o.Changed(p) }
+func (w *watcher) tell(p string) {
+	if w.f.o.Changed != nil {
+		w.f.o.Changed(p)
+	}
+}
 
 // notifyEntry makes the kernel drop its entry for p.
 func (f *tree) notifyEntry(p string) {

@@ -12,7 +12,7 @@ func (d *served) Status() control.Status {
 	s := control.Status{
 		Name: d.cfg.Name, Config: d.cfg.File, Source: d.cfg.Source, Mountpoint: d.cfg.Mountpoint,
 		PID: os.Getpid(), Version: version, State: "serving", Since: d.since, Takeovers: d.fs.Takeovers(), Learning: d.learn,
-		Open: []control.Open{}, Keys: []control.Key{}, Warnings: append([]string{}, d.warnings...),
+		Open: []control.Open{}, Keys: []control.Key{}, Warnings: d.allWarnings(),
 	}
 	if d.revoking.Load() {
 		s.State = "revoking"
@@ -36,6 +36,10 @@ func (d *served) Status() control.Status {
 	}
 	if d.scraped != nil {
 		s.Metrics = d.scraped.Addr().String()
+	}
+	s.Reload, s.OnChange = d.reloaded(), d.changeStatus()
+	for _, g := range d.fs.Groups() {
+		s.Groups = append(s.Groups, control.Group(g))
 	}
 	s.Opens, s.Audit = d.tally.counts(), d.auditStatus()
 	s.KeyOperations, s.LatencyBounds = d.keyOperations(), keyring.Buckets()

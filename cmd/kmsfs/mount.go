@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -28,7 +29,7 @@ func (u *ui) mountCommand() *cli.Command {
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "mount what this `FILE` says", TakesFile: true},
 			&cli.StringSliceFlag{Name: "key", Usage: "do without a configuration: `URI` of the key; may be repeated"},
 			&cli.StringFlag{Name: "tree", Usage: "with --key: `NAME` of the tree (default: the base name of SOURCE)"},
-			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: 60s under systemd, else 0s)"},
+			&cli.DurationFlag{Name: "wait-for-key", Usage: "try for `DURATION` until a key service answers (default: without end as a service, 1m from fstab, else 0s)"},
 			&cli.BoolFlag{Name: "learn", Usage: "let owner and mode alone decide, and record what the rules would have refused"},
 		},
 		Action: u.mount,
@@ -50,8 +51,11 @@ func (u *ui) mount(c *cli.Context) error {
 	if err := secmem.Harden(); err != nil {
 		return fmt.Errorf("harden the process: %w", err)
 	}
-	d := &served{cfg: cfg, name: name, learn: c.Bool("learn"), log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{}), kept: takeKept()}
+	d := &served{cfg: cfg, inForce: cfg, name: name, learn: c.Bool("learn"), log: newLog(u.stderr), since: time.Now(), stopped: make(chan struct{}), kept: takeKept()}
 	defer d.close()
+	if d.again, err = rereading(c, cfg); err != nil {
+		return err
+	}
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1)
 	if err := d.start(c.Context, waitForKey(c)); err != nil {
@@ -62,6 +66,7 @@ func (u *ui) mount(c *cli.Context) error {
 			d.log.Info("stopped before anything was mounted")
 			return nil
 		}
+		d.pace(c.Context, err)
 		return err
 	}
 	d.ready()
@@ -117,6 +122,26 @@ func configuredMount(nameOrFile, point string) (*config.Config, string, error) {
 	return cfg, cfg.Name, nil
 }
 
+// rereading returns how the configuration is read once more, by the same command line;
+// nil: there is no file.
+func rereading(c *cli.Context, cfg *config.Config) (func() (*config.Config, error), error) {
+	if cfg.File == "" {
+		return nil, nil
+	}
+	file, err := filepath.Abs(cfg.File)
+	if err != nil {
+		return nil, err
+	}
+	point := c.Args().Get(1)
+	if c.String("config") != "" {
+		point = c.Args().First()
+	}
+	return func() (*config.Config, error) {
+		next, _, err := configuredMount(file, point)
+		return next, err
+	}, nil
+}
+
 func bareMount(c *cli.Context, keys []string) (*config.Config, string, error) {
 	if c.NArg() != 2 {
 		return nil, "", usage(c, errors.New("--key needs SOURCE and MOUNTPOINT"), false)
@@ -144,8 +169,13 @@ func bareMount(c *cli.Context, keys []string) (*config.Config, string, error) {
 
 // waitForKey is how long a key service may be late.
 func waitForKey(c *cli.Context) time.Duration {
-	if !c.IsSet("wait-for-key") && os.Getenv("NOTIFY_SOCKET") != "" {
-		return 60 * time.Second
+	switch {
+	case c.IsSet("wait-for-key"):
+		return c.Duration("wait-for-key")
+	case supervised():
+		return math.MaxInt64
+	case os.Getenv(detachVariable) != "": // mount(8) waits for us
+		return time.Minute
 	}
-	return c.Duration("wait-for-key")
+	return 0
 }

@@ -19,15 +19,10 @@ import (
 // prepare makes the cheap refusals, and everything that needs no key service.
 func (d *served) prepare() error {
 	var err error
-	if err := checkImplemented(d.cfg); err != nil {
-		return err
-	}
 	if d.policy, err = compilePolicy(d.cfg); err != nil {
 		return err
 	}
-	for _, w := range d.policy.Warnings() {
-		d.warn(w)
-	}
+	d.setRuleWarnings(d.policy.Warnings())
 	if err := d.learning(); err != nil {
 		return err
 	}
@@ -56,19 +51,9 @@ func (d *served) prepare() error {
 		}
 		return err
 	}
+	d.changes = d.newChanges()
 	d.holdHibernation()
 	return d.openMetrics()
-}
-
-// checkImplemented refuses what a configuration may say but this version does not do.
-func checkImplemented(cfg *config.Config) error {
-	if len(cfg.Groups) > 0 {
-		return cfg.Problem("group.0", errors.New("[[group]] is not implemented in this version"), "leave it out; each file is switched by itself")
-	}
-	if len(cfg.OnChange.Run) > 0 {
-		return cfg.Problem("on_change.run", errors.New("[on_change] is not implemented in this version"), "leave it out; a systemd path unit can watch the source")
-	}
-	return nil
 }
 
 // lockTree waits for a predecessor whose mount we have been handed: it is dying.

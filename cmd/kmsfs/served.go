@@ -19,6 +19,7 @@ import (
 	"kmsfs/internal/caller"
 	"kmsfs/internal/config"
 	"kmsfs/internal/control"
+	"kmsfs/internal/onchange"
 	"kmsfs/internal/policy"
 	"kmsfs/internal/sealed"
 	"kmsfs/internal/secmem"
@@ -27,7 +28,7 @@ import (
 
 // served is one running mount with all that it holds.
 type served struct {
-	cfg   *config.Config
+	cfg   *config.Config // what it was mounted with
 	name  string
 	learn bool
 	log   *slog.Logger
@@ -40,6 +41,7 @@ type served struct {
 	source  *os.File
 	arena   *secmem.Arena
 	ring    *ring
+	waiting waiting
 	policy  *policy.Policy
 	caller  *caller.Reader
 	audit   *audit.Log
@@ -49,13 +51,24 @@ type served struct {
 	control *control.Server
 	hold    interface{ Close() error } // keeps hibernation away; may be nil
 	fs      *fs.FS
+	changes *onchange.Runner
 
 	revoking atomic.Bool
 	reason   atomic.Pointer[string] // why access ended
-	warnings []string
-	once     sync.Once
-	stopped  chan struct{} // closed when the mount is gone
-	result   error         // of the revocation, once stopped
+
+	again     func() (*config.Config, error) // reads the configuration; nil: there is none
+	reloading sync.Mutex                     // held while that is done
+	inForce   *config.Config                 // what was read last; guarded by reloading
+
+	mu            sync.Mutex
+	warnings      []string // of the mount
+	ruleWarnings  []string // of the rules in force
+	changeWarning string   // of [on_change] in force; may be empty
+	lastReload    *control.Reload
+
+	once    sync.Once
+	stopped chan struct{} // closed when the mount is gone
+	result  error         // of the revocation, once stopped
 }
 
 // mount hands everything to the file system and opens the control socket.
@@ -66,7 +79,9 @@ func (d *served) mount(ctx context.Context) error {
 		AllowOther: d.cfg.AllowOther, PageCache: p.PageCache, SealedOnly: d.cfg.SealedOnly, OpenTimeout: d.cfg.OpenTimeout,
 		Opener:    &sealed.Opener{Keys: d.ring.keys, Arena: d.arena, MaxFile: p.MaxFile},
 		Plaintext: store.Options{Arena: d.arena, TTL: p.TTL, StaleOK: p.StaleOK},
+		Groups:    groupsOf(d.cfg),
 		Policy:    d.policy, Caller: d.caller, Audit: &d.tally, Log: d.log,
+		Changed: d.changes.Changed,
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -75,6 +90,7 @@ func (d *served) mount(ctx context.Context) error {
 		d.record("mount", "", err)
 		return err
 	}
+	d.changes.Start(d.watchChanges(d.cfg.OnChange.Run))
 	reasons := []string{}
 	if n := d.fs.Takeovers(); n > 0 {
 		reasons = append(reasons, "taken over")
@@ -86,10 +102,20 @@ func (d *served) mount(ctx context.Context) error {
 	return nil
 }
 
+// groupsOf hands the groups of a configuration to package fs.
+func groupsOf(cfg *config.Config) (groups []fs.Group) {
+	for _, g := range cfg.Groups {
+		groups = append(groups, fs.Group(g))
+	}
+	return groups
+}
+
 func mountError(err error) error {
 	switch {
 	case errors.Is(err, fs.ErrMounted):
 		return fmt.Errorf("%w: %w", errMounted, err)
+	case errors.Is(err, fs.ErrGroup):
+		return withHint(fmt.Errorf("%w: %w", errMountFailed, err), "name regular files in [[group]], or files that are still to come; links and directories cannot be held")
 	case errors.Is(err, os.ErrPermission):
 		return withHint(fmt.Errorf("%w: %w", errMountFailed, err), "mount as root; an ordinary user needs fusermount3, and user_allow_other in /etc/fuse.conf for allow_other")
 	case errors.Is(err, syscall.ENODEV), errors.Is(err, os.ErrNotExist):
@@ -103,7 +129,7 @@ func (d *served) ready() {
 	d.control.Serve(d, d.log)
 	d.serveMetrics()
 	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
-	d.wellTold(d.notify("READY=1\nSTATUS=serving "+d.cfg.Mountpoint), 10*time.Second)
+	d.wellTold(d.notify("READY=1\nSTATUS="+d.statusText()), 10*time.Second)
 	go watchdog(socketPath(d.name), d.stopped)
 	if err := detach(); err != nil {
 		d.log.Warn("cannot detach", "error", err)
@@ -132,7 +158,7 @@ func (d *served) wait(signals <-chan os.Signal) error {
 func (d *served) heed(s os.Signal) {
 	switch {
 	case s == syscall.SIGHUP:
-		d.log.Warn("reloading is not implemented in this version; restart to read the configuration again")
+		go d.Reload()
 	case s == syscall.SIGUSR1:
 		go d.handOver()
 	case d.revoking.Swap(true):
@@ -150,7 +176,10 @@ func (d *served) heed(s os.Signal) {
 func (d *served) Revoke(wait time.Duration) (err error) {
 	d.revoking.Store(true)
 	d.because("kmsfs umount")
-	told := d.notify("STOPPING=1\nSTATUS=revoking")
+	d.changes.Stop()
+	// Without STOPPING=1: after it systemd would leave out ExecStop=, which stops the
+	// applications that are bound to a tree that ends without systemd.
+	told := d.notify("STATUS=revoking")
 	dropped := d.dropKept()
 	defer func() {
 		d.wellTold(told, time.Second)
@@ -172,11 +201,14 @@ func (d *served) Revoke(wait time.Duration) (err error) {
 // warn says it now, and again whenever status is asked.
 func (d *served) warn(text string) {
 	d.log.Warn(text)
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.warnings = append(d.warnings, text)
 }
 
 // close gives everything back, in the reverse order, as far as it came.
 func (d *served) close() {
+	d.closeChanges()
 	if d.fs != nil {
 		d.record("revoke", d.ending(), d.result)
 	}
