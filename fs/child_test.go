@@ -45,6 +45,8 @@ func child(role string, args []string) int {
 	case "pairs":
 		n, _ := strconv.Atoi(args[2])
 		return readPairs(args[0], args[1], n)
+	case "hop":
+		return hop(args[0], args[1])
 	case "step":
 		return stepThrough(args)
 	case "pages":

@@ -276,6 +276,20 @@ func TestGroupCountsReplacements(t *testing.T) {
 	w.shows(2)
 	w.rewrite(4, key)
 	w.shows(4)
+
+	// And one that is being written to is no version at all.
+	s.seeing.Lock()
+	w.rotate(5, crt, key)
+	f, err := os.OpenFile(filepath.Join(w.src, crt), os.O_WRONLY|os.O_TRUNC, 0)
+	w.must(err)
+	_, err = f.Write(w.sealAs(crt, content(6)))
+	w.must(err)
+	s.seeing.Unlock()
+	w.shows(4)
+	w.must(f.Close())
+	w.shows(4)
+	w.rotate(6, key)
+	w.shows(6)
 }
 
 // TestGroupSettles: a certificate that is renewed with its old key is shown when the group was left
@@ -289,9 +303,11 @@ func TestGroupSettles(t *testing.T) {
 		eventually(t, "both", func() bool { return w.pair() == [2]int{2, 2} })
 	})
 	t.Run("without anybody who asks", func(t *testing.T) {
-		w := pairWorld(t, func(o *Options) { o.Groups[0].Settle = 50 * time.Millisecond })
+		w := pairWorld(t, func(o *Options) { o.Groups[0].Settle = 400 * time.Millisecond })
+		_ = statOf(t, w.at(crt)) // the kernel may keep it
 		w.rotate(1, crt)
-		eventually(t, "the switch", func() bool { return strings.Contains(w.log.String(), "left alone for 50ms") })
+		eventually(t, "the switch", func() bool { return strings.Contains(w.log.String(), "left alone for 400ms") })
+		eventually(t, "the new size", func() bool { return statOf(t, w.at(crt)).Size == int64(len(content(1))) })
 	})
 	t.Run("at once", func(t *testing.T) {
 		w := pairWorld(t, func(o *Options) { o.Groups[0].Settle = 0 })
@@ -356,6 +372,59 @@ func TestGroupLetsPassesFinish(t *testing.T) {
 	late.says("version 1")
 	reader.tell() // begins again
 	reader.says("version 1")
+}
+
+// TestGroupLetsPassesMove from one thread to another, as goroutines do; and threads on passes of their own,
+// in opposite orders, are not taken for one.
+func TestGroupLetsPassesMove(t *testing.T) {
+	w := pairWorld(t, func(o *Options) { o.grace = 5 * time.Second })
+	reader := start(t, "hop", w.at(crt), w.at(key))
+	reader.says("version 0") // of the first file, on the first thread
+	w.rotate(1, crt, key)
+	w.fs.t.watch.drain()
+	if !w.state().Due {
+		t.Fatal("the switch is not due")
+	}
+	reader.tell()
+	reader.says("version 0") // of the second, on the second
+	reader.tell()
+	reader.says("version 0") // of the first, on the second
+	reader.tell()
+	reader.says("version 0") // of the second, on the first
+	w.shows(1)
+}
+
+// hop opens two files on two threads: the first on the first, and at each line on stdin
+// one more, each of them on each thread in the end.
+func hop(first, second string) int {
+	in := bufio.NewScanner(os.Stdin)
+	turns := [2]chan string{make(chan string), make(chan string)}
+	done := make(chan bool)
+	for _, turn := range turns {
+		go func() {
+			lockThread()
+			for p := range turn {
+				v, err := readVersion(p, false)
+				if err != nil {
+					fmt.Println(err)
+				} else {
+					fmt.Println("version", v)
+				}
+				done <- true
+			}
+		}()
+	}
+	for _, step := range []struct {
+		thread int
+		path   string
+	}{{0, first}, {1, second}, {1, first}, {0, second}} {
+		turns[step.thread] <- step.path
+		<-done
+		if !in.Scan() {
+			break
+		}
+	}
+	return 0
 }
 
 // TestGroupDoesNotWaitForEver for somebody who never opens the rest.
@@ -624,7 +693,7 @@ func TestGroupSurvivesACrash(t *testing.T) {
 	for _, noticed := range []bool{true, false} {
 		t.Run(fmt.Sprintf("noticed %v", noticed), func(t *testing.T) {
 			w := newPairWorld(t)
-			d := serveWorld(w, nil, "group")
+			d := serveWorld(w, nil, "group", "direct")
 			w.shows(0)
 			w.rotate(1, crt, key)
 			w.shows(1)
@@ -638,14 +707,14 @@ func TestGroupSurvivesACrash(t *testing.T) {
 			if !noticed {
 				w.rotate(2, crt)
 			}
-			d = serveWorld(w, d, "group", "expire")
+			d = serveWorld(w, d, "group", "direct", "expire")
 			w.shows(1)
-			reader.page(0) // not read before: decrypted anew from what was kept
+			reader.page(0) // decrypted anew from what was kept
 			reader.says(fmt.Sprintf("%q <nil>", content(1)[:20]))
 			w.rotate(2, key)
 			w.shows(1) // nobody knows what was replaced while there was no daemon
 			d.kill()
-			d = serveWorld(w, d, "group", "hasty")
+			d = serveWorld(w, d, "group", "direct", "hasty")
 			eventually(t, "the new generation", func() bool { return w.pair() == [2]int{2, 2} })
 			w.rotate(3, crt, key)
 			w.shows(3)
