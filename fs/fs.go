@@ -17,6 +17,12 @@
 // and the kernel looks the path up again by itself. Ids derive from what a node
 // stands for, so that a restarted daemon finds the same.
 //
+// # Groups
+//
+// A member of a group is shown from a copy of its sealed file, made when the group was last
+// switched. What happens in the source is only watched, to switch all members
+// together, and between the opens of a program rather than among them.
+//
 // # What is cached where
 //
 // The kernel keeps names and attributes for an hour and pages as long as it

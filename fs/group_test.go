@@ -87,6 +87,14 @@ func (w *world) pair() [2]int {
 	return [2]int{a, b}
 }
 
+// next demands that the next open of either file gets version v.
+func (w *world) next(v int) {
+	w.t.Helper()
+	if got := w.pair(); got != [2]int{v, v} {
+		w.t.Fatalf("the next opens get versions %v, want %d", got, v)
+	}
+}
+
 func (w *world) state() GroupState { return w.fs.Groups()[0] }
 
 // readPairs reads both files of a group over and over on each of n threads, in both orders, until
@@ -175,16 +183,15 @@ func TestGroupIsNeverMixed(t *testing.T) {
 					pause()
 				}
 				replace[v%3](v, b)
-				if v%5 > 0 {
-					w.shows(v)
+				if v%5 > 0 || v == rotations {
+					w.next(v)
 					pause()
 				}
 			}
-			w.shows(rotations)
 			// On a busy machine the readers may hardly have had a turn.
 			for v, end := rotations+1, time.Now().Add(patience); w.audit.count() < 2*passes && time.Now().Before(end); v++ {
 				w.rotate(v, crt, key)
-				w.shows(v)
+				w.next(v)
 			}
 			for _, r := range readers {
 				r.tell()
@@ -377,7 +384,7 @@ func TestGroupLetsPassesFinish(t *testing.T) {
 // TestGroupLetsPassesMove from one thread to another, as goroutines do; and threads on passes of their own,
 // in opposite orders, are not taken for one.
 func TestGroupLetsPassesMove(t *testing.T) {
-	w := pairWorld(t, func(o *Options) { o.grace = 5 * time.Second })
+	w := pairWorld(t)
 	reader := start(t, "hop", w.at(crt), w.at(key))
 	reader.says("version 0") // of the first file, on the first thread
 	w.rotate(1, crt, key)
@@ -717,7 +724,7 @@ func TestGroupSurvivesACrash(t *testing.T) {
 			d = serveWorld(w, d, "group", "direct", "hasty")
 			eventually(t, "the new generation", func() bool { return w.pair() == [2]int{2, 2} })
 			w.rotate(3, crt, key)
-			w.shows(3)
+			eventually(t, "the last generation", func() bool { return w.pair() == [2]int{3, 3} })
 			d.revoke()
 		})
 	}
