@@ -125,7 +125,7 @@ func (w *watcher) addBelow(p string) (missed int) {
 		return 0
 	}
 	_ = unix.Close(fd)
-	if st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Dev == w.f.dev.Load() {
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Dev == w.f.dev.Load() || w.f.ended() {
 		return 0
 	}
 	if !w.add(p) {

@@ -45,6 +45,10 @@ func TestWatchAll(t *testing.T) {
 	hear("d/e/link")
 	w.must(os.Remove(filepath.Join(w.src, "d/moved/dir/h")))
 	hear("d/moved/dir/h")
+	w.fs.t.watch.blind.Store(true)
+	if err := w.fs.WatchAll(); !errors.Is(err, ErrNotWatched) {
+		t.Errorf("where nothing can be watched: %v", err)
+	}
 }
 
 // TestLook: a stamp is another one when the content is, and only then; what is not shown is

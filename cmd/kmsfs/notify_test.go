@@ -227,6 +227,8 @@ func TestAdvice(t *testing.T) {
 		{fmt.Errorf("%w (%w)", keyring.ErrUnavailable, context.DeadlineExceeded), exitUnavailable, "key check"},
 		{wrapped(keyring.ErrBadWrapping), exitDamaged, "inspect"},
 		{wrapped(errNoKeyService), exitNoBackend, ""},
+		{wrapped(hsm.ErrNoModule), exitNoBackend, "install the module"},
+		{errors.Join(wrapped(hsm.ErrNoModule), wrapped(keyring.ErrUnavailable)), exitUnavailable, "reachable"},
 		{wrapped(sealed.ErrTampered), exitDamaged, "backup"},
 		{wrapped(sealed.ErrMisplaced), exitMisplaced, "inspect"},
 		{fmt.Errorf("%w: %w", sealed.ErrNoKey, keyring.ErrBadWrapping), exitForeignKey, "keys"},

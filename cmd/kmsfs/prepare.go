@@ -98,7 +98,32 @@ func (d *served) openSource() (err error) {
 	if d.source, err = os.OpenFile(d.cfg.Source, os.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
 		return d.cfg.Problem("source", err, "create the directory, or correct its name")
 	}
+	d.warnOfHidden()
 	return nil
+}
+
+// warnOfHidden tells of what a mountpoint apart from the source holds: while the tree is
+// mounted nobody sees it.
+func (d *served) warnOfHidden() {
+	point, err := os.Open(d.cfg.Mountpoint)
+	if err != nil {
+		return // mounting says why
+	}
+	defer point.Close()
+	source, err := d.source.Stat()
+	if here, e := point.Stat(); err != nil || e != nil || os.SameFile(here, source) {
+		return
+	}
+	if names, _ := point.Readdirnames(-1); len(names) > 0 {
+		d.warn(fmt.Sprintf("mountpoint %s is not empty: %s in it cannot be seen while the tree is mounted", d.cfg.Mountpoint, entries(len(names))))
+	}
+}
+
+func entries(n int) string {
+	if n == 1 {
+		return "1 entry"
+	}
+	return fmt.Sprintf("%d entries", n)
 }
 
 // memory locks what max_memory says, or less with a warning.

@@ -22,8 +22,8 @@ func (u *ui) reloadCommand() *cli.Command {
 		ArgsUsage: "NAME|MOUNTPOINT",
 		Description: "Rules, default and [on_change] take effect at once, for the next open and for the owners and modes that are\n" +
 			"shown; what is open stays open. Settings that need a restart are named. Every [[group]] shows what is on disk,\n" +
-			"whatever it waits for. A configuration with an error changes nothing: the one before stays in force. SIGHUP\n" +
-			"does the same, and tells the log.",
+			"whatever it waits for. A configuration with an error changes nothing: it is shown, the one before stays in\n" +
+			"force, and the exit code is 11. SIGHUP does the same, and tells the log.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "the mount is that of this `FILE`", TakesFile: true},
 		},

@@ -162,6 +162,8 @@ func classify(err error) (code int, hint string) {
 		return exitUnavailable, "ca_file in [tencentkms] names the authorities to trust, and endpoint is the name in the certificate"
 	case is(keyring.ErrUnavailable):
 		return exitUnavailable, "is the key service reachable from here? kmsfs key check asks it alone"
+	case is(hsm.ErrNoModule):
+		return exitNoBackend, "install the module, or correct module in [pkcs11] or module-path in the URI of the key"
 	case is(errNoKeyService):
 		return exitNoBackend, ""
 

@@ -43,27 +43,27 @@ func TestPostgreSQL(t *testing.T) {
 			"-c", "listen_addresses=127.0.0.1", "-c", "ssl=on", "-c", "fsync=off", "-c", "ssl_cert_file="+tr.path("server.crt"),
 			"-c", "ssl_key_file="+tr.path("server.key"), "-c", "hba_file="+tr.path("pg_hba.conf")))
 	}, func() error { return first.postgresTLS("127.0.0.1:" + port) })
-	admin := func(sql string) {
-		t.Helper()
+	admin := func(sql string) error {
 		psql := as(t, "postgres", exec.Command(filepath.Join(bin, "psql"), "-h", data, "-p", port, "-v", "ON_ERROR_STOP=1"))
 		psql.Stdin = strings.NewReader(sql)
-		output(t, psql)
+		return quiet(psql)
 	}
+	until(t, "the database", func() error { return admin("SELECT 1;") }) // TLS is there before it
 	client := func(user string) error {
 		psql := as(t, "www-data", exec.Command(filepath.Join(bin, "psql"), "-w", "-c", "SELECT 1",
 			"host="+site+" hostaddr=127.0.0.1 dbname=shop sslmode=verify-full port="+port+" user="+user))
 		psql.Env = []string{"PGPASSFILE=" + tr.path("client/pgpass"), "PGSSLROOTCERT=" + tr.path("client/ca.crt")}
 		return quiet(psql)
 	}
-	admin("CREATE ROLE shop LOGIN PASSWORD '" + old + "'; CREATE ROLE report LOGIN PASSWORD '" + old + "'; CREATE DATABASE shop;")
+	if err := admin("CREATE ROLE shop LOGIN PASSWORD '" + old + "'; CREATE ROLE report LOGIN PASSWORD '" + old + "'; CREATE DATABASE shop;"); err != nil {
+		t.Fatal(err)
+	}
 	tr.put("client/ca.crt", first.cert)
 	tr.put("client/pgpass", "*:*:*:*:"+old+"\n")
 	if err := client("shop"); err != nil {
 		t.Fatal(err)
 	}
-	if client("report") == nil {
-		t.Error("the first pg_hba.conf does not let in report")
-	}
+	refused(t, client("report"), "no pg_hba.conf entry")
 	tr.refuses("server.key", "www-data", "root")
 	tr.refuses("client/pgpass", "postgres", "root")
 
@@ -75,10 +75,10 @@ func TestPostgreSQL(t *testing.T) {
 	tr.put("client/ca.crt", second.cert)
 	until(t, "report is let in by the second pg_hba.conf", func() error { return client("report") })
 
-	admin("ALTER ROLE shop PASSWORD '" + password + "';")
-	if client("shop") == nil {
-		t.Error("the old password is still good")
+	if err := admin("ALTER ROLE shop PASSWORD '" + password + "';"); err != nil {
+		t.Fatal(err)
 	}
+	refused(t, client("shop"), "password authentication failed")
 	tr.put("client/pgpass", "*:*:*:*:"+password+"\n")
 	if err := client("shop"); err != nil {
 		t.Errorf("with the new password file: %v", err)
@@ -92,6 +92,14 @@ func quiet(cmd *exec.Cmd) error {
 		return fmt.Errorf("%s: %w: %s", filepath.Base(cmd.Path), err, out)
 	}
 	return nil
+}
+
+// refused checks that a client did not get in, and why.
+func refused(t *testing.T, err error, why string) {
+	t.Helper()
+	if err == nil || !strings.Contains(err.Error(), why) {
+		t.Errorf("a client that must not get in: %v, want %s", err, why)
+	}
 }
 
 // TestMariaDB reads its options, certificate and key, and SQL with a password in it, as
@@ -130,7 +138,9 @@ init-file = %s
 		t.Helper()
 		mariadb := exec.Command("/usr/bin/mariadb", "--no-defaults", "-S", sock)
 		mariadb.Stdin = strings.NewReader(sql)
-		output(t, mariadb)
+		if err := quiet(mariadb); err != nil {
+			t.Fatal(err)
+		}
 	}
 	client := func() error {
 		return quiet(as(t, "www-data", exec.Command("/usr/bin/mariadb", "--defaults-extra-file="+tr.path("client.cnf"), "-e", "SELECT 1")))
@@ -152,9 +162,7 @@ init-file = %s
 		t.Errorf("after FLUSH SSL: %v", err)
 	}
 	admin("SET PASSWORD FOR shop@localhost = PASSWORD('" + password + "')")
-	if client() == nil {
-		t.Error("the old password is still good")
-	}
+	refused(t, client(), "Access denied")
 	putClient(password)
 	if err := client(); err != nil {
 		t.Errorf("with the new option file: %v", err)

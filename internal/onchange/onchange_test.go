@@ -290,6 +290,15 @@ func TestStop(t *testing.T) {
 		tr.Wait()
 		tr.ran(t, time.Hour)
 	})
+	g := &garden{}
+	r := New(Options{Look: g.look, Log: slog.New(slog.DiscardHandler)})
+	r.SetCommand([]string{"reload"})
+	g.change(r, "a=1")
+	r.catchUp()
+	r.Stop() // while it has decided to run
+	if command, changed := r.due(); command != nil {
+		t.Errorf("%q is run about %q", command, changed)
+	}
 	New(Options{Look: (&garden{}).look}).Wait() // never started: nothing to wait for
 }
 
