@@ -189,8 +189,11 @@ func (s *groups) within(dir string) (list []*image) {
 	if !slices.Contains(s.dirs, dir) {
 		return nil
 	}
-	for p := range s.member {
-		if parentOf(p) == dir {
+	for _, g := range s.list {
+		for _, p := range g.files {
+			if parentOf(p) != dir {
+				continue
+			}
 			if m := s.shows(p); m != nil {
 				list = append(list, m)
 			}
@@ -530,7 +533,7 @@ func (g *group) trySwitch(now time.Time) (switched func()) {
 	why, f := g.why, g.s.f
 	return func() {
 		f.o.Log.Info("switched a group", "files", g.files, "changed", contents, "because", why)
-		f.watch.changed.add(contents...)
+		f.watch.changed.add(news...)
 	}
 }
 
