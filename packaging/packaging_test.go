@@ -343,7 +343,7 @@ func TestLife(t *testing.T) {
 	output(t, root, "mkdir", "-p", "var/log/journal", "etc/systemd/system/multi-user.target.wants")
 	output(t, root, "ln", "-s", "../lifecycle.service", "etc/systemd/system/multi-user.target.wants/")
 
-	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
 	boot := exec.CommandContext(ctx, "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--directory="+root,
 		"--capability=all", "--system-call-filter=memfd_secret", "--private-network", "--bind=/dev/fuse", "--bind=/dev/autofs", "--boot")

@@ -207,7 +207,8 @@ func TestOnChangeFails(t *testing.T) {
 	}
 }
 
-// TestOnChangeEndsWithTheMount: what the command still does when access is revoked is ended.
+// TestOnChangeEndsWithTheMount: what the command still does when access is revoked is ended
+// and waited for, even while readers are let finish.
 func TestOnChangeEndsWithTheMount(t *testing.T) {
 	m := hooked(t)
 	m.start(t, "-c", m.configure(t, m.hook()))
@@ -217,26 +218,39 @@ func TestOnChangeEndsWithTheMount(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.seal(t, "a", "two")
-	file := filepath.Join(m.dir, "pid")
-	for until := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-		if _, err := os.Stat(file); err == nil {
-			break
-		}
-		if time.Now().After(until) {
-			t.Fatal("the command was not started")
+	eventually := func(what string, is func() bool) {
+		t.Helper()
+		// Less than the minute after which the command would be ended anyway.
+		for until := time.Now().Add(30 * time.Second); !is(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(until) {
+				t.Fatalf("waited in vain for %s", what)
+			}
 		}
 	}
 	var pid int
-	b, err := os.ReadFile(file)
-	if _, scan := fmt.Sscan(string(b), &pid); err != nil || scan != nil {
-		t.Fatal(err, scan)
+	eventually("the command to be started", func() bool {
+		b, err := os.ReadFile(filepath.Join(m.dir, "pid"))
+		_, scan := fmt.Sscan(string(b), &pid)
+		return err == nil && scan == nil
+	})
+	held, err := os.Open(filepath.Join(m.mnt, "a"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	m.signal(t, syscall.SIGTERM)
-	if err := m.cmd.Wait(); err != nil {
+	defer held.Close()
+	asked := make(chan error, 1)
+	go func() { asked <- control.Dial(socketPath("shop")).Revoke(t.Context(), time.Hour) }()
+	eventually("the command to be ended", func() bool { return syscall.Kill(pid, 0) == syscall.ESRCH })
+	b := make([]byte, 10)
+	if n, err := held.ReadAt(b, 0); string(b[:n]) != "two" {
+		t.Errorf("who may finish reads %q, %v", b[:n], err)
+	}
+	held.Close()
+	if err := <-asked; err != nil {
 		t.Error(err)
 	}
-	if err := syscall.Kill(pid, 0); err != syscall.ESRCH { // waited for by the daemon
-		t.Errorf("the command goes on: %v", err)
+	if err := m.cmd.Wait(); err != nil {
+		t.Error(err)
 	}
 }
 

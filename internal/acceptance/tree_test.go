@@ -321,10 +321,24 @@ func (s *server) stop() {
 	}
 }
 
-func (s *server) signal(sig os.Signal) {
+// signal sends sig, once the server catches it: HAProxy, for one, serves before it does.
+func (s *server) signal(sig syscall.Signal) {
 	s.t.Helper()
+	until(s.t, fmt.Sprintf("%s catches %v", s.Path, sig), func() error {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.Process.Pid))
+		if err != nil {
+			return err
+		}
+		_, after, _ := strings.Cut(string(status), "\nSigCgt:")
+		line, _, _ := strings.Cut(after, "\n")
+		caught, err := strconv.ParseUint(strings.TrimSpace(line), 16, 64)
+		if err == nil && caught>>(sig-1)&1 == 0 {
+			err = fmt.Errorf("only %x is", caught)
+		}
+		return err
+	})
 	if err := s.Process.Signal(sig); err != nil {
-		s.t.Fatalf("%v has ended: %v", s.Args, err)
+		s.t.Fatalf("%s has ended: %v", s.Path, err)
 	}
 }
 

@@ -231,8 +231,8 @@ func (m *machine) order() {
 	}
 }
 
-// slow is how much longer than a real machine an emulated one may take.
-const slow = 5
+// slow is how much longer than a real machine an emulated one may take, beside others.
+const slow = 15
 
 // stopped reads in the journal how the last boot ended.
 func (m *machine) stopped() {
@@ -240,7 +240,7 @@ func (m *machine) stopped() {
 	out := m.ask("journalctl -b -1 -o short-unix --no-pager _PID=1 -u 'kmsfs@*' -u nginx -u 'postgresql@*' | grep -E 'Stopp|timed out|Killing|Failed' || true")
 	var begun, ended float64
 	for i, at := range []*float64{&begun, &ended} {
-		*at = m.seconds("journalctl -b -1 -o short-unix --no-pager | " + []string{"grep -m1 'systemd.*: Stopping'", "tail -1"}[i] + " | cut -d' ' -f1")
+		*at = m.seconds("journalctl -b -1 -o short-unix --no-pager | " + []string{"grep -m1 'systemd.*: Stopped target'", "tail -1"}[i] + " | cut -d' ' -f1")
 	}
 	m.t.Logf("the last boot ended in %.1f s", ended-begun)
 	at := make(map[string]float64)
