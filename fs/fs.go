@@ -17,6 +17,12 @@
 // and the kernel looks the path up again by itself. Ids derive from what a node
 // stands for, so that a restarted daemon finds the same.
 //
+// # Groups
+//
+// A member of a group is shown from a copy of its sealed file, made when the group was last
+// switched. What happens in the source is only watched, to switch all members
+// together, and between the opens of a program rather than among them.
+//
 // # What is cached where
 //
 // The kernel keeps names and attributes for an hour and pages as long as it
@@ -68,8 +74,9 @@ type Options struct {
 	Audit     Auditor // nil: no record is kept
 	Log       *slog.Logger
 
-	// Changed is told the path of each sealed or plain file that was replaced, edited or
-	// removed in the source, from a goroutine of its own. nil: nobody wants to know.
+	// Changed is told where in the source something may be another than before: the path of
+	// a file or a directory, "" when that is not known. It is called from a goroutine of its
+	// own; [FS.Look] tells what is there. See [FS.WatchAll]. nil: nobody wants to know.
 	Changed func(path string)
 
 	// Poker is a program that calls [PokerMain] when its first argument is [PokerVerb]. With
@@ -77,6 +84,10 @@ type Options struct {
 	// or only those that watch a file itself.
 	Poker string
 
+	// Groups are switched together: their files are shown as they were until all were replaced.
+	Groups []Group
+
+	grace    time.Duration // how long a program may take between two files of a group; 0: passGrace
 	fresh    time.Duration // how long a change counts as fresh; 0: freshFor
 	noResend bool          // for tests: as on a kernel that cannot send requests again
 }
@@ -116,12 +127,21 @@ func (f *FS) Revoke(ctx context.Context, wait bool) error { return f.t.revoke(ct
 // Done is closed when the mount is gone and nothing of it is left, for whatever reason.
 func (f *FS) Done() <-chan struct{} { return f.t.done }
 
-// SetPolicy replaces the rules from the next open on; shown owners and modes follow.
+// SetPolicy replaces the rules from the next open on, and the owners and modes that are
+// shown. It touches nothing that is open, and waits for nobody: to drop attributes the
+// kernel takes no lock that a request holds. It must not be called by a request's handler.
 func (f *FS) SetPolicy(p *policy.Policy) {
 	f.t.policy.Store(p)
-	server := f.t.server.Load()
-	for _, n := range f.t.table.all(func(n *node) bool { return n.kind == sealedFile || n.kind == plainFile }) {
-		server.InodeNotify(n.id, -1, 0) // attributes only
+	f.t.dropAttributes()
+	// An answer from before may tell the kernel after us.
+	time.AfterFunc(recheckAfter, f.t.dropAttributes)
+}
+
+// dropAttributes makes the kernel ask for the attributes of every file anew.
+func (f *tree) dropAttributes() {
+	server := f.server.Load()
+	for _, n := range f.table.all(func(n *node) bool { return n.kind == sealedFile || n.kind == plainFile }) {
+		server.InodeNotify(n.id, -1, 0)
 	}
 }
 
@@ -170,6 +190,7 @@ type tree struct {
 	headers headers
 	watch   *watcher
 	herald  *herald
+	groups  *groups
 	log     reporter
 	pins    atomic.Int32
 
@@ -239,8 +260,17 @@ func newTree(o Options) (*tree, error) {
 		src.close()
 		return nil, err
 	}
+	if t.groups, err = newGroups(t, o.Groups); err != nil {
+		src.close()
+		t.ledger.close()
+		return nil, err
+	}
 	t.watch = newWatcher(t)
 	t.herald = newHerald(t)
+	if err := t.groups.begin(); err != nil {
+		t.free()
+		return nil, err
+	}
 	return t, nil
 }
 

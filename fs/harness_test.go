@@ -368,6 +368,12 @@ func (r *records) Append(_ context.Context, rec audit.Record) error {
 	return nil
 }
 
+func (r *records) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.all)
+}
+
 func (r *records) last() audit.Record {
 	r.mu.Lock()
 	defer r.mu.Unlock()

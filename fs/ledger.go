@@ -25,7 +25,7 @@ import (
 
 // A ledger notes what the kernel has been told, in a file that outlives this
 // process: which mount this is, what each node stands for, which handles are open.
-// A note is made before the answer it is about. It holds names, never content.
+// A note is made before the answer it is about. It holds names, and of groups sealed files, never plaintext.
 //
 // The file begins with the offset of the first note; what is before it has been
 // given back. Notes are lines of JSON. A last line that is not whole belongs to an
@@ -56,6 +56,8 @@ type note struct {
 	Forget uint64     `json:"forget,omitempty"`
 	Open   *openNote  `json:"open,omitempty"`
 	Close  uint64     `json:"close,omitempty"`
+
+	Group []imageNote `json:"group,omitempty"` // what the members of one show
 }
 
 // A mountNote says which mount this is.
@@ -199,6 +201,8 @@ type inheritance struct {
 	mount mountNote
 	nodes []*nodeNote // in the order in which they became what their paths lead to
 	open  []*openNote
+
+	images map[string]*image // by path, of members of groups
 }
 
 // readLedger reads what the predecessor has noted.
@@ -215,7 +219,7 @@ func readLedger(f *os.File) (*inheritance, error) {
 	if first < ledgerStart || first >= info.Size() {
 		return nil, errors.New("read the ledger: it was given up or never begun")
 	}
-	var in inheritance
+	in := inheritance{images: make(map[string]*image)}
 	nodes, open := map[uint64]*ordered[nodeNote]{}, map[uint64]*ordered[openNote]{}
 	lines := bufio.NewReader(io.NewSectionReader(f, first, info.Size()-first))
 	for i := 0; ; i++ {
@@ -240,6 +244,10 @@ func readLedger(f *os.File) (*inheritance, error) {
 			open[n.Open.Fh] = &ordered[openNote]{i, n.Open}
 		case n.Close != 0:
 			delete(open, n.Close)
+		case n.Group != nil:
+			if err := in.keep(n.Group); err != nil {
+				return nil, fmt.Errorf("read the ledger: note %d: %w", i, err)
+			}
 		}
 	}
 	if in.mount.Version != ledgerVersion {
@@ -247,6 +255,17 @@ func readLedger(f *os.File) (*inheritance, error) {
 	}
 	in.nodes, in.open = inOrder(nodes), inOrder(open)
 	return &in, nil
+}
+
+func (in *inheritance) keep(list []imageNote) error {
+	for i := range list {
+		m, err := list[i].image()
+		if err != nil {
+			return err
+		}
+		in.images[m.path] = m
+	}
+	return nil
 }
 
 type ordered[T any] struct {

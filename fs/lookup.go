@@ -156,7 +156,7 @@ func (f *tree) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut)
 func (f *tree) attr(n *node, fd int, timeout uint64, a *fuse.Attr) (valid uint64, errno syscall.Errno) {
 	ver, mode, uid, gid, size := n.ver, n.mode, n.uid, n.gid, n.size.Load()
 	nlink := uint32(1)
-	if n.kind == directory || n.kind == plainFile {
+	if n.kind == directory || n.kind == plainFile && n.image == nil {
 		var st unix.Stat_t
 		var err error
 		if fd >= 0 {
@@ -242,8 +242,12 @@ func (f *tree) Readlink(_ <-chan struct{}, in *fuse.InHeader) ([]byte, fuse.Stat
 
 // find returns the node for p: the one its path has when that still stands for
 // what is there, else a new one without an id, pinned if that is wanted and the
-// file has just changed. What is not shown does not exist.
+// file has just changed. What is not shown does not exist. A member of a group is
+// what the group shows of it.
 func (f *tree) find(p string, pinned bool) (*node, error) {
+	if m := f.groups.shows(p); m != nil {
+		return f.findImage(m)
+	}
 	now := time.Now() // before the stat, see settledAt
 	var st unix.Stat_t
 	fd, err := f.src.look(p, &st)
@@ -273,6 +277,18 @@ func (f *tree) find(p string, pinned bool) (*node, error) {
 		return nil, syscall.ENOENT
 	}
 	if cur := f.table.at(p); cur != nil && cur.standsFor(n) {
+		return cur, nil
+	}
+	return n, nil
+}
+
+// findImage is find for a member of a group.
+func (f *tree) findImage(m *image) (*node, error) {
+	if !f.isShown(m) {
+		return nil, syscall.ENOENT
+	}
+	n := m.node()
+	if cur := f.table.at(m.path); cur != nil && cur.standsFor(n) {
 		return cur, nil
 	}
 	return n, nil
@@ -401,9 +417,10 @@ func (f *tree) unpin(n *node) { n.pin.drop() }
 
 // A header is what the head of a regular file says.
 type header struct {
-	sealed bool
-	exact  bool  // size is the plaintext's, not an upper bound
-	size   int64 // of the plaintext
+	sealed  bool
+	damaged bool  // sealed, but not whole
+	exact   bool  // size is the plaintext's, not an upper bound
+	size    int64 // of the plaintext
 }
 
 // headers remembers what was read, so that a stat reads a file once.
@@ -453,7 +470,7 @@ func (f *tree) header(n *node, now time.Time, wanted bool) (header, int, error) 
 	}
 	n.ver, n.mode, n.uid, n.gid = versionOf(&st), st.Mode, st.Uid, st.Gid
 	n.size.Store(st.Size)
-	hd, err := parseHeader(fd, st.Size)
+	hd, err := parseHeader(preader(fd), st.Size)
 	if err != nil {
 		_ = unix.Close(fd)
 		return header{}, -1, err
@@ -466,15 +483,15 @@ func (f *tree) header(n *node, now time.Time, wanted bool) (header, int, error) 
 
 // parseHeader reads the head of a file of size bytes. A sealed file that
 // cannot be whole is shown, with the size it has, and does not open.
-func parseHeader(fd int, size int64) (header, error) {
-	file, err := sealed.Parse(preader(fd), size)
+func parseHeader(r io.ReaderAt, size int64) (header, error) {
+	file, err := sealed.Parse(r, size)
 	switch {
 	case err == nil:
 		return header{sealed: true, size: file.Size, exact: file.Kind != sealed.Blob}, nil
 	case errors.Is(err, sealed.ErrNotSealed):
 		return header{size: size, exact: true}, nil
 	case errors.Is(err, sealed.ErrTampered), errors.Is(err, sealed.ErrTooLarge):
-		return header{sealed: true, size: size, exact: true}, nil
+		return header{sealed: true, damaged: errors.Is(err, sealed.ErrTampered), size: size, exact: true}, nil
 	}
 	return header{}, err
 }

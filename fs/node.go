@@ -70,6 +70,7 @@ type node struct {
 	gid    uint32
 	nlink  uint32
 	target string // of a link
+	image  *image // of a member of a group; nil: what the path leads to is read
 
 	size     atomic.Int64 // of the plaintext, or the upper bound while not exact
 	exact    atomic.Bool
@@ -103,6 +104,9 @@ type matched struct {
 func (o *node) standsFor(n *node) bool {
 	if o.path != n.path || o.kind != n.kind || o.retired.Load() {
 		return false
+	}
+	if o.image != nil || n.image != nil {
+		return o.image == n.image
 	}
 	if n.kind == directory || n.kind == plainFile {
 		return o.ver.sameInode(n.ver)
@@ -405,7 +409,7 @@ func (t *table) all(pick func(*node) bool) []*node {
 // this process finds the same. For a directory that is the inode alone.
 func nodeID(n *node, salt uint64) uint64 {
 	v := n.ver
-	if n.kind == directory || n.kind == plainFile {
+	if n.kind == directory || n.kind == plainFile && n.image == nil {
 		v = version{dev: v.dev, ino: v.ino}
 	}
 	b := make([]byte, 0, 64+len(n.path))

@@ -150,6 +150,13 @@ func (h *herald) tell(p string, n news) {
 	}
 }
 
+// tellAll adds news of paths that have changed for certain.
+func (h *herald) tellAll(paths []string) {
+	for _, p := range paths {
+		h.tell(p, news{certain: true})
+	}
+}
+
 func (h *herald) run() {
 	for {
 		select {

@@ -311,6 +311,35 @@ func TestBurstOfChanges(t *testing.T) {
 	}
 }
 
+// TestGroupIsTold: who watches members of a group is told when they are switched, not before.
+func TestGroupIsTold(t *testing.T) {
+	w := newWorld(t, func(o *Options) { o.Groups = []Group{{Files: []string{"d/crt", "d/key"}, Settle: time.Hour}} })
+	w.seal("d/crt", "one")
+	w.seal("d/key", "one")
+	w.mount()
+	w.read("d/crt", "one")
+	w.read("d/key", "one")
+	dir, file := w.listen("d"), w.listen("d/key")
+	w.replace("d/crt", w.sealAs("d/crt", []byte("two")))
+	w.settle()
+	if got := dir.heard(); len(got) > 0 {
+		t.Errorf("told before the switch: %q", got)
+	}
+	w.replace("d/key", w.sealAs("d/key", []byte("two")))
+	dir.until("to d/crt")
+	dir.until("to d/key")
+	file.until("self d/key")
+	for _, p := range []string{"d/crt", "d/key"} {
+		if dir.read[p] != "two <nil>" {
+			t.Errorf("who was told of %s read %s", p, dir.read[p])
+		}
+	}
+	w.settle()
+	if got := dir.heard(); len(got) != 4 {
+		t.Errorf("told %q of two changes", got)
+	}
+}
+
 // TestWatchedHammer replaces a file over and over while programs read it and watch it. Readers see
 // no error; a watcher is told at most once for each change, and when all is over he has read what is there.
 func TestWatchedHammer(t *testing.T) {

@@ -120,6 +120,7 @@ func (f *tree) inherit(in *inheritance) {
 		f.table.inherit(n)
 		f.past.inherited = append(f.past.inherited, n)
 	}
+	f.groups.inherit(in.images, f.past.inherited)
 	f.handles.open, f.handles.unsure = make(map[uint64]*handle), make(map[uint64]uint64)
 	for _, r := range in.open {
 		n := f.table.get(r.Node)
@@ -170,6 +171,8 @@ func (f *tree) renewLedger() {
 	defer f.table.mu.RUnlock()
 	f.handles.mu.RLock()
 	defer f.handles.mu.RUnlock()
+	f.groups.mu.Lock()
+	defer f.groups.mu.Unlock()
 	f.ledger.renew(func() (all []note) {
 		for id, n := range f.table.nodes {
 			if id != rootID {
@@ -178,6 +181,9 @@ func (f *tree) renewLedger() {
 		}
 		for fh, h := range f.handles.open {
 			all = append(all, noteOfHandle(fh, h))
+		}
+		for _, g := range f.groups.list {
+			all = append(all, g.note())
 		}
 		return all
 	})

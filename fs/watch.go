@@ -23,14 +23,16 @@ type watcher struct {
 	in *os.File // inotify(7); nil where it is of no use
 
 	blind atomic.Bool // for tests: as on a file system that cannot be watched
+	whole atomic.Bool // see FS.WatchAll
+	looks gate        // at the source, by others than the kernel
 
 	mu   sync.RWMutex
 	dirs map[string]*watched
 	byWD map[int32][]*watched
 	full bool // the limit was hit and logged
 
-	made map[string]bool // names that have appeared, perhaps to be written to; used by read and later
-
+	made    map[string]bool // names that have appeared, perhaps to be written to; used by read and later
+	buf     []byte          // for events; guarded by groups.seeing
 	running sync.WaitGroup
 	queue   work // of paths to look at
 	changed work // of paths to tell Options.Changed
@@ -87,6 +89,9 @@ func (w *watcher) start() {
 	if w.in != nil {
 		w.running.Go(w.read)
 	}
+	if len(w.f.groups.list) > 0 {
+		w.running.Go(w.f.groups.run)
+	}
 }
 
 // close ends the watching soon; see wait.
@@ -101,7 +106,10 @@ func (w *watcher) close() {
 
 // wait returns when nothing of a closed watcher runs. A notification may be on
 // its way to the kernel until the connection has ended.
-func (w *watcher) wait() { w.running.Wait() }
+func (w *watcher) wait() {
+	<-w.looks.close()
+	w.running.Wait()
+}
 
 // add watches the directory p and reports whether it is watched.
 func (w *watcher) add(p string) bool {
@@ -124,7 +132,11 @@ func (w *watcher) add(p string) bool {
 	if _, ok := w.dirs[p]; ok {
 		return true
 	}
-	wd, err := w.inotifyAdd(fd)
+	mask := uint32(watchMask)
+	if slices.Contains(w.f.groups.dirs, p) {
+		mask |= unix.IN_MODIFY
+	}
+	wd, err := w.inotifyAdd(fd, mask)
 	if err != nil {
 		if errors.Is(err, unix.ENOSPC) && !w.full {
 			w.full = true
@@ -138,10 +150,10 @@ func (w *watcher) add(p string) bool {
 	return true
 }
 
-func (w *watcher) inotifyAdd(fd int) (wd int, err error) {
+func (w *watcher) inotifyAdd(fd int, mask uint32) (wd int, err error) {
 	err = os.ErrClosed
 	w.inotify(func(in int) {
-		wd, err = unix.InotifyAddWatch(in, fmt.Sprintf("/proc/self/fd/%d", fd), watchMask)
+		wd, err = unix.InotifyAddWatch(in, fmt.Sprintf("/proc/self/fd/%d", fd), mask)
 	})
 	return wd, err
 }
@@ -182,16 +194,51 @@ func (w *watcher) unwatch(p string) {
 	}
 }
 
-// read turns events into work until the descriptor is closed.
+// read handles events until the descriptor is closed.
 func (w *watcher) read() {
-	buf := make([]byte, 64<<10)
+	conn, err := w.in.SyscallConn()
+	if err != nil {
+		return
+	}
+	for conn.Read(readable) == nil {
+		w.drain()
+	}
+}
+
+func readable(fd uintptr) bool {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	return n > 0 || err != nil && err != unix.EINTR
+}
+
+// drain handles all events there are.
+func (w *watcher) drain() {
+	s := w.f.groups
+	s.seeing.Lock()
+	defer s.seeing.Unlock()
+	w.take()
+	s.considerTouched()
+}
+
+// take turns all events there are into work, and tells the groups. It is called
+// with groups.seeing held.
+func (w *watcher) take() {
+	if w.in == nil {
+		return
+	}
+	if w.buf == nil {
+		w.buf = make([]byte, 64<<10)
+	}
+	var paths []string
 	for {
-		n, err := w.in.Read(buf)
-		if err != nil {
-			return
+		n, err := 0, error(nil)
+		w.inotify(func(fd int) { n, err = unix.Read(fd, w.buf) })
+		if err == unix.EINTR {
+			continue
 		}
-		var paths []string
-		for b := buf[:n]; len(b) >= unix.SizeofInotifyEvent; {
+		if err != nil || n <= 0 {
+			break
+		}
+		for b := w.buf[:n]; len(b) >= unix.SizeofInotifyEvent; {
 			wd := int32(binary.NativeEndian.Uint32(b))
 			mask := binary.NativeEndian.Uint32(b[4:])
 			length := binary.NativeEndian.Uint32(b[12:])
@@ -199,38 +246,59 @@ func (w *watcher) read() {
 			b = b[unix.SizeofInotifyEvent+length:]
 			paths = append(paths, w.event(wd, mask, name)...)
 		}
-		if len(paths) > 0 && !w.blind.Load() {
-			w.queue.add(paths...)
-			time.AfterFunc(recheckAfter, func() { w.queue.add(paths...) })
-		}
 	}
+	if len(paths) > 0 && !w.blind.Load() {
+		w.lookAgain(paths)
+	}
+}
+
+// lookAgain looks at paths soon, and once more for lookups that are being answered.
+func (w *watcher) lookAgain(paths []string) {
+	w.queue.add(paths...)
+	time.AfterFunc(recheckAfter, func() { w.queue.add(paths...) })
 }
 
 // event returns the paths to look at after one event. A directory whose list of
 // names or attributes have changed is one of them.
 func (w *watcher) event(wd int32, mask uint32, name string) (paths []string) {
+	groups := w.f.groups
 	if mask&unix.IN_Q_OVERFLOW != 0 {
+		groups.missed("")
 		return w.everything()
 	}
 	w.mu.RLock()
 	dirs := w.byWD[wd]
 	w.mu.RUnlock()
 	for _, d := range dirs {
+		if !w.blind.Load() {
+			groups.event(path.Join(d.path, name), mask)
+		}
+		if mask&unix.IN_MODIFY != 0 {
+			continue
+		}
 		d.changes.Add(1)
 		paths = append(paths, d.path)
 		switch {
 		case mask&(unix.IN_DELETE_SELF|unix.IN_MOVE_SELF|unix.IN_IGNORED) != 0:
 			if d.path != "" {
 				w.unwatch(d.path)
+				if w.whole.Load() { // the path may lead to it, or to another, by now
+					w.addBelow(d.path)
+				}
 			}
 		case name != "":
 			p := path.Join(d.path, name)
 			if mask&unix.IN_ISDIR != 0 && mask&unix.IN_ATTRIB == 0 {
 				w.unwatch(p)
+				if w.whole.Load() {
+					w.addBelow(p)
+				}
 			}
 			paths = append(paths, p)
-			w.report(p, mask)
-			if mask&unix.IN_ISDIR == 0 && mask&(unix.IN_CREATE|unix.IN_ATTRIB) == 0 && w.f.o.Changed != nil {
+			if !groups.isMember(p) {
+				w.report(p, mask)
+			}
+			if mask&unix.IN_ATTRIB == 0 && !groups.isMember(p) { // of those, when they are switched
 				w.changed.add(p)
 			}
 		}
@@ -287,6 +355,10 @@ func (w *watcher) everything() (paths []string) {
 		d.changes.Add(1)
 	}
 	w.mu.RUnlock()
+	w.changed.add("")
+	if w.whole.Load() {
+		w.addBelow("")
+	}
 	for _, n := range w.f.table.all(func(*node) bool { return true }) {
 		paths = append(paths, n.path)
 		if n.id != rootID {
@@ -329,7 +401,11 @@ func (w *watcher) look(p string) {
 	}
 }
 
-func (w *watcher) tell(p string) { w.f.o.Changed(p) }
+func (w *watcher) tell(p string) {
+	if w.f.o.Changed != nil {
+		w.f.o.Changed(p)
+	}
+}
 
 // notifyEntry makes the kernel drop its entry for p.
 func (f *tree) notifyEntry(p string) {

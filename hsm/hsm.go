@@ -9,9 +9,11 @@ import (
 	"context"
 	"crypto/rsa"
 	"crypto/x509"
+	"debug/elf"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -27,6 +29,10 @@ import (
 
 // StanzaType is the type of the stanzas this backend makes.
 const StanzaType = "pkcs11"
+
+// ErrNoModule reports that a PKCS#11 module is not there, or is none. It does not get
+// better by itself.
+var ErrNoModule = errors.New("no PKCS#11 module")
 
 // ErrNoCgo reports that this program cannot load a PKCS#11 module.
 var ErrNoCgo = errors.New("built without cgo, so no PKCS#11 module can be loaded: install the packaged kmsfs, or build with CGO_ENABLED=1 and a C compiler")
@@ -339,6 +345,23 @@ func (b *Backend) key(uri string) (*key, error) {
 	return k, nil
 }
 
+// checkModule refuses a file that cannot become a module by waiting for it.
+func checkModule(name string) error {
+	f, err := os.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %s does not exist", ErrNoModule, name)
+	}
+	if err != nil {
+		return nil // the worker may see more, and says why if not
+	}
+	defer f.Close()
+	var bad *elf.FormatError
+	if object, err := elf.NewFile(f); errors.As(err, &bad) || err == nil && object.Type != elf.ET_DYN {
+		return fmt.Errorf("%w: %s is no shared object", ErrNoModule, name)
+	}
+	return nil
+}
+
 // worker returns the supervisor of the module that k needs.
 func (b *Backend) worker(k *key) (*supervisor, error) {
 	cfg := wire.Config{Module: k.module, Args: k.moduleArgs}
@@ -358,6 +381,9 @@ func (b *Backend) worker(k *key) (*supervisor, error) {
 	}
 	s := b.workers[cfg]
 	if s == nil {
+		if err := checkModule(cfg.Module); err != nil {
+			return nil, err
+		}
 		if len(b.workers) == mostModules {
 			return nil, fmt.Errorf("%w: more than %d modules at once", keyring.ErrDenied, mostModules)
 		}

@@ -124,7 +124,11 @@ func TestTokenAwayAndBack(t *testing.T) {
 func TestModuleIsMissing(t *testing.T) {
 	t.Parallel()
 	b := open(t, hsm.Options{Module: "/nonexistent/module.so"})
-	if err := b.Probe(background(t), "pkcs11:token=a;object=b"); !errors.Is(err, keyring.ErrUnavailable) || !strings.Contains(err.Error(), "/nonexistent/module.so") {
+	if err := b.Probe(background(t), "pkcs11:token=a;object=b"); !errors.Is(err, hsm.ErrNoModule) || !strings.Contains(err.Error(), "/nonexistent/module.so") {
+		t.Errorf("got %v", err)
+	}
+	b = open(t, hsm.Options{Module: "/etc/passwd"})
+	if err := b.Probe(background(t), "pkcs11:token=a;object=b"); !errors.Is(err, hsm.ErrNoModule) {
 		t.Errorf("got %v", err)
 	}
 	b = open(t, hsm.Options{Module: "/bin/sh"})

@@ -63,7 +63,7 @@ END
 # What is installed as it is in the repository; modes and times do not depend on the checkout.
 mkdir "$STAGE/doc"
 cp README.md docs/*.md "$STAGE/doc"
-cp packaging/copyright packaging/lintian-overrides packaging/systemd/kmsfs@.service "$STAGE"
+cp packaging/copyright packaging/lintian-overrides packaging/systemd/*.service "$STAGE"
 find "$STAGE" -type f -exec chmod 644 {} +
 chmod 755 "$STAGE/kmsfs"
 find "$STAGE" -exec touch -d "@$SOURCE_DATE_EPOCH" {} +

@@ -148,6 +148,7 @@ func TestContents(t *testing.T) {
 	rpm := listRPM(t, only(t, dir, "*.rpm"))
 	for _, want := range append(common,
 		"-rw-r--r-- root:root /lib/systemd/system/kmsfs@.service",
+		"-rw-r--r-- root:root /lib/systemd/system/kmsfs-ready@.service",
 		"-rw-r--r-- root:root /usr/share/zsh/vendor-completions/_kmsfs",
 		"-rw-r--r-- root:root /usr/share/doc/kmsfs/changelog.gz") {
 		if !slices.Contains(deb, want) {
@@ -156,6 +157,7 @@ func TestContents(t *testing.T) {
 	}
 	for _, want := range append(common,
 		"-rw-r--r-- root:root /usr/lib/systemd/system/kmsfs@.service",
+		"-rw-r--r-- root:root /usr/lib/systemd/system/kmsfs-ready@.service",
 		"-rw-r--r-- root:root /usr/share/zsh/site-functions/_kmsfs") {
 		if !slices.Contains(rpm, want) {
 			t.Errorf("the rpm lacks %s", want)
@@ -336,14 +338,15 @@ func TestLife(t *testing.T) {
 		write(t, filepath.Join(bench, name+".version"), output(t, "/", "dpkg-deb", "-f", deb, "Version"))
 	}
 	output(t, built.repo, "go", "build", "-o", filepath.Join(bench, "kmsemu"), "./kmsclient/kmstest/cmd/kmsemu")
+	output(t, built.repo, "go", "build", "-o", filepath.Join(bench, "agent"), "./internal/boot/agent")
 	write(t, filepath.Join(root, "etc/systemd/system/lifecycle.service"), lifecycleUnit)
 	output(t, root, "mkdir", "-p", "var/log/journal", "etc/systemd/system/multi-user.target.wants")
 	output(t, root, "ln", "-s", "../lifecycle.service", "etc/systemd/system/multi-user.target.wants/")
 
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
 	boot := exec.CommandContext(ctx, "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--directory="+root,
-		"--capability=all", "--system-call-filter=memfd_secret", "--private-network", "--bind=/dev/fuse", "--boot")
+		"--capability=all", "--system-call-filter=memfd_secret", "--private-network", "--bind=/dev/fuse", "--bind=/dev/autofs", "--boot")
 	boot.Cancel = func() error { return boot.Process.Signal(os.Interrupt) }
 	boot.WaitDelay = time.Minute
 	console, err := boot.CombinedOutput()

@@ -4,13 +4,42 @@
 # further packages.
 set -eu
 
-packages='
-	gcc libc6-dev make git ca-certificates openssl curl procps gdb
-	fuse3 age gocryptfs logrotate
-	softhsm2 opensc libnss3 libnss3-tools opencryptoki
-	nginx-light redis-server postgresql openssh-server openssh-client
-	python3 python3-prometheus-client default-jdk-headless
-'"$*"
+packages=$(sed 's/#.*//' <<'END'
+	age                       # opens sealed files with a recovery key
+	ca-certificates
+	curl
+	default-jdk-headless      # an application: properties and a key store
+	fuse3                     # fusermount3, for mounts by ordinary users
+	gcc                       # cgo: the PKCS#11 worker
+	gdb                       # writes cores of the daemon, for the proof
+	git
+	gocryptfs                 # the benchmark's yardstick
+	haproxy                   # an application: certificate, users with passwords
+	libc6-dev
+	libnss3                   # an HSM module
+	libnss3-tools
+	logrotate                 # rotates sealed files, and the audit log
+	make
+	mariadb-server            # an application: certificate, option files, SQL
+	nginx-light               # an application: configuration, certificate
+	opencryptoki              # an HSM module
+	opensc                    # pkcs11-tool
+	openssh-client
+	openssh-server            # an application: host key
+	openssl
+	postgresql                # an application: certificate, pg_hba.conf, password files
+	procps
+	python3                   # an application: configparser
+	python3-prometheus-client # parses what kmsfs metrics says
+	python3-yaml
+	redis-server              # an application: included file, ACL
+	softhsm2                  # an HSM module
+	strongswan-pki            # an application that maps its key
+	stunnel4                  # an application: certificate, read under two users
+	systemd                   # an application: EnvironmentFile=
+	systemd-container         # runs it as the first process
+END
+)" $*"
 
 missing=
 for p in $packages; do

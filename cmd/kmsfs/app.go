@@ -28,7 +28,7 @@ func newApp(u *ui) *cli.App {
 		Commands: []*cli.Command{
 			u.keygenCommand(), u.keyCommand(),
 			u.sealCommand(), u.unsealCommand(), u.inspectCommand(), u.verifyCommand(),
-			u.mountCommand(), u.umountCommand(), u.statusCommand(),
+			u.mountCommand(), u.reloadCommand(), u.umountCommand(), u.statusCommand(),
 			u.policyCommand(), u.auditCommand(),
 			u.doctorCommand(), u.systemdCommand(), u.completionCommand(), u.versionCommand(), u.manualCommand(),
 		},

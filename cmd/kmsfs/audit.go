@@ -51,7 +51,7 @@ func (u *ui) auditCommand() *cli.Command {
 					file, asJSON,
 					&cli.StringFlag{Name: "request-id", Usage: "only with this RequestId of the key service (`ID`)"},
 					&cli.StringFlag{Name: "path", Usage: "only of files that match this `GLOB`"},
-					&cli.StringFlag{Name: "event", Usage: "only this `EVENT`: open, key, mount, revoke, reload or audit"},
+					&cli.StringFlag{Name: "event", Usage: "only this `EVENT`: open, key, mount, revoke, reload, on_change or audit"},
 					&cli.StringFlag{Name: "outcome", Usage: "only this `OUTCOME`: allowed, denied, failed, resumed, stale; of keys: ok, denied, unavailable and so on"},
 					&cli.StringFlag{Name: "uid", Usage: "only of this `USER`, by name or number"},
 					&cli.StringFlag{Name: "unit", Usage: "only of this systemd `UNIT`"},

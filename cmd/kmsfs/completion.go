@@ -129,7 +129,7 @@ func offers(cmd *cli.Command, commands []*cli.Command, valueOf, last string) []s
 		}
 	case cmd.Name == "completion":
 		all = []string{"bash", "zsh", "fish"}
-	case cmd.Name == "mount" || cmd.Name == "umount" || cmd.Name == "status":
+	case cmd.Name == "mount" || cmd.Name == "reload" || cmd.Name == "umount" || cmd.Name == "status":
 		all, _ = configNames() // as far as this user may list them
 	}
 	return all

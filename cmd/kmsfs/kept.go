@@ -150,6 +150,8 @@ func (d *served) handOver() {
 		return
 	}
 	d.log.Info("handing over to the program that is installed now")
+	d.changes.Stop() // what its command was about is on record for the successor
+	d.changes.Wait()
 	if err := d.fs.Freeze(); err != nil {
 		d.log.Warn("plaintext of the daemon before is not wiped", "error", err)
 	}

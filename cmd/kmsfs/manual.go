@@ -52,6 +52,9 @@ The unit **kmsfs@NAME.service** is the better way to mount at boot: it is restar
 **SIGTERM**, **SIGINT**
 : Revoke and end. The second one ends the waiting of **umount --wait**.
 
+**SIGHUP**
+: Read the configuration again, as **kmsfs reload** does.
+
 # ENVIRONMENT
 
 **TENCENTCLOUD_SECRET_ID**, **TENCENTCLOUD_SECRET_KEY**, **TENCENTCLOUD_TOKEN**, **TENCENTCLOUD_CREDENTIALS_FILE**

@@ -33,6 +33,14 @@ type mountedTree struct {
 
 func startMounted(t *testing.T) *mountedTree {
 	t.Helper()
+	m := newMounted(t)
+	m.start(t, "--key", "file:"+filepath.Join(m.dir, "cmk"), filepath.Join(m.dir, "shop"), m.mnt)
+	return m
+}
+
+// newMounted is a tree with one sealed file, and a socket that stands for systemd's.
+func newMounted(t *testing.T) *mountedTree {
+	t.Helper()
 	m := &mountedTree{dir: t.TempDir()}
 	m.mnt = filepath.Join(m.dir, "mnt")
 	for _, d := range []string{m.mnt, filepath.Join(m.dir, "shop")} {
@@ -57,15 +65,20 @@ func startMounted(t *testing.T) *mountedTree {
 	m.notified = make(chan string, 1000)
 	t.Cleanup(func() { conn.Close(); unmountBelow(t, m.dir) })
 	m.conn = conn
-	m.cmd = exec.Command("/proc/self/exe", "mount", "--key", "file:"+key, filepath.Join(m.dir, "shop"), m.mnt)
+	return m
+}
+
+// start runs kmsfs mount.
+func (m *mountedTree) start(t *testing.T, args ...string) {
+	t.Helper()
+	m.cmd = exec.Command("/proc/self/exe", append([]string{"mount"}, args...)...)
 	m.cmd.Args[0] = "kmsfs" // as testscript.Main tells us from a test
-	m.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+address.Name, "WATCHDOG_USEC=300000")
+	m.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(m.dir, "notify"), "WATCHDOG_USEC=300000")
 	m.cmd.Stderr = os.Stderr
 	if err := m.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = m.cmd.Process.Kill() })
-	return m
 }
 
 // hear takes each line of each notification, as systemd does, whether a test waits or not.
@@ -85,14 +98,14 @@ func (m *mountedTree) hear() {
 	}
 }
 
-// until waits for a notification that has the line.
-func (m *mountedTree) until(t *testing.T, line string) {
+// until waits for a notification that has a line beginning so, and returns that.
+func (m *mountedTree) until(t *testing.T, line string) string {
 	t.Helper()
 	for deadline := time.After(patience); ; {
 		select {
 		case l := <-m.notified:
 			if strings.HasPrefix(l, line) {
-				return
+				return l
 			}
 		case <-deadline:
 			t.Fatalf("waited in vain for %s", line)
@@ -121,7 +134,7 @@ func TestNotify(t *testing.T) {
 	if err := m.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	m.until(t, "STOPPING=1")
+	m.until(t, "STATUS=revoking")
 	if err := m.cmd.Wait(); err != nil {
 		t.Errorf("after SIGTERM: %v", err)
 	}
@@ -181,7 +194,7 @@ func TestSecondSignalMeansNow(t *testing.T) {
 	go func() {
 		asked <- control.Dial(socketPath(nameOfMountpoint(m.mnt))).Revoke(context.Background(), time.Hour)
 	}()
-	m.until(t, "STOPPING=1")
+	m.until(t, "STATUS=revoking")
 	if err := m.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -214,6 +227,8 @@ func TestAdvice(t *testing.T) {
 		{fmt.Errorf("%w (%w)", keyring.ErrUnavailable, context.DeadlineExceeded), exitUnavailable, "key check"},
 		{wrapped(keyring.ErrBadWrapping), exitDamaged, "inspect"},
 		{wrapped(errNoKeyService), exitNoBackend, ""},
+		{wrapped(hsm.ErrNoModule), exitNoBackend, "install the module"},
+		{errors.Join(wrapped(hsm.ErrNoModule), wrapped(keyring.ErrUnavailable)), exitUnavailable, "reachable"},
 		{wrapped(sealed.ErrTampered), exitDamaged, "backup"},
 		{wrapped(sealed.ErrMisplaced), exitMisplaced, "inspect"},
 		{fmt.Errorf("%w: %w", sealed.ErrNoKey, keyring.ErrBadWrapping), exitForeignKey, "keys"},

@@ -90,6 +90,9 @@ func (d *served) recordKey(ctx context.Context, o keyring.Operation) {
 	if errors.As(o.Err, &answer) {
 		r.Code = answer.Code
 	}
+	if d.waiting.repeats(&r) {
+		return
+	}
 	if err := d.audit.Append(ctx, r); err != nil {
 		d.log.Warn("a key operation could not be recorded", "key", o.Key, "request_id", o.RequestID, "error", err)
 	}

@@ -174,6 +174,12 @@ func printStatus(w io.Writer, s *control.Status, now time.Time) {
 	if text := auditState(s.Audit); text != "" {
 		line("audit", "%s", text)
 	}
+	for _, g := range s.Groups {
+		line("group", "%s", oneLine(groupState(g, now)))
+	}
+	if s.OnChange != nil {
+		line("on_change", "%s", oneLine(changeState(s.OnChange, now)))
+	}
 	if s.Metrics != "" {
 		line("metrics", "http://%s/metrics", s.Metrics)
 	}
@@ -255,6 +261,43 @@ func openCount(o control.Opens) string {
 		text += " from memory"
 	}
 	return text
+}
+
+// groupState says what a group waits for.
+func groupState(g control.Group, now time.Time) string {
+	text := strings.Join(g.Files, ", ")
+	switch {
+	case g.Due:
+		text += ": switches as soon as programs have opened the rest of it"
+	case g.Waiting:
+		text += ": waits for " + strings.Join(g.For, ", ") + ", switches at " + clock(g.Until, now) + " at the latest"
+	}
+	return text
+}
+
+// clock writes a time to come, with its day unless that is today.
+func clock(t, now time.Time) string {
+	t = t.Local()
+	if t.Format(time.DateOnly) == now.Local().Format(time.DateOnly) {
+		return t.Format(time.TimeOnly)
+	}
+	return t.Format(time.DateTime)
+}
+
+// changeState says how the command of [on_change] does.
+func changeState(c *control.OnChange, now time.Time) string {
+	about := count(c.Pending, "file") + " changed"
+	switch {
+	case c.Running:
+		return "running: " + about
+	case c.GaveUp:
+		return fmt.Sprintf("GAVE UP after %s until something changes: %s (%s)", count(c.Attempts, "attempt"), c.Failure, about)
+	case c.Failure != "":
+		return fmt.Sprintf("FAILS: %s (%s, %s, the next in %s)", c.Failure, about, count(c.Attempts, "attempt"), ago(c.Next, now))
+	case c.Runs == 0:
+		return "not run yet: " + strings.Join(c.Command, " ")
+	}
+	return fmt.Sprintf("done %s ago (%s, %d failed)", ago(now, c.Last), count(int(c.Runs), "run"), c.Failures)
 }
 
 // auditState says where records go, and what is wrong with that.

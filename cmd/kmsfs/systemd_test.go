@@ -10,9 +10,9 @@ func TestDropIn(t *testing.T) {
 	const want = `# /etc/systemd/system/nginx.service.d/kmsfs-shop.conf
 # by: kmsfs systemd drop-in nginx.service shop
 [Unit]
-# Starts and restarts with the tree, only after it is mounted; stops before it is revoked.
-Requires=kmsfs@shop.service
-After=kmsfs@shop.service
+# Starts once the tree is mounted, stops when it is revoked, restarts with it.
+Requires=kmsfs-ready@shop.service
+After=kmsfs-ready@shop.service kmsfs@shop.service
 `
 	t.Setenv("KMSFS_CONFIG_DIR", t.TempDir())
 	out, said, code := typed("systemd", "drop-in", "nginx.service", "shop")
@@ -22,6 +22,15 @@ After=kmsfs@shop.service
 	bound, _, _ := typed("systemd", "drop-in", "--bind", "nginx.service", "shop")
 	if !strings.Contains(bound, "\nBindsTo=kmsfs@shop.service\nAfter=kmsfs@shop.service\n") || strings.Contains(bound, "Requires") {
 		t.Errorf("--bind printed:\n%s", bound)
+	}
+	reload, _, _ := typed("systemd", "drop-in", "--reload", "nginx.service", "shop")
+	const stanza = `
+# To be reloaded when a sealed file changes, /etc/kmsfs/shop.toml needs:
+#   [on_change]
+#   run = ["systemctl", "reload", "nginx.service"]
+`
+	if reload != strings.Replace(want, "drop-in ", "drop-in --reload ", 1)+stanza {
+		t.Errorf("--reload printed:\n%s", reload)
 	}
 	if !strings.Contains(said, "no tree shop") {
 		t.Errorf("said %q, want a warning that there is no such tree", said)
@@ -39,6 +48,7 @@ func TestDropInRefuses(t *testing.T) {
 		{[]string{"nginx", "shop"}, "did you mean nginx.service?"},
 		{[]string{"shop", "nginx.service"}, "kmsfs systemd drop-in nginx.service shop"},
 		{[]string{"nginx.service", "../shop"}, ""},
+		{[]string{"--reload", "backup.timer", "shop"}, ""},
 		{[]string{"nginx.service", "shop\nExecStart=/bin/sh"}, ""},
 		{[]string{"a.service\n[Service]\nUser=root\nb.service", "shop"}, ""},
 		{[]string{"a/../b.service", "shop"}, ""},

@@ -106,6 +106,10 @@ func advise(err error) (code int, hints []string) {
 	if errors.As(err, &bad) {
 		hints = bad.Hints()
 	}
+	var told *toldError
+	if errors.As(err, &told) {
+		hints = told.told.Hints
+	}
 	if hint != "" {
 		hints = append(hints, hint)
 	}
@@ -120,12 +124,15 @@ func classify(err error) (code int, hint string) {
 	var api *kmsclient.Error
 	var cert *tls.CertificateVerificationError
 	var passed *exitError
+	var told *toldError
 	is := func(target error) bool { return errors.Is(err, target) }
 	switch {
 	case errors.As(err, &usage):
 		return exitUsage, usage.advice()
 	case errors.As(err, &passed):
 		return passed.code, ""
+	case errors.As(err, &told):
+		return told.told.Code, ""
 	case errors.As(err, &partial):
 		return exitPartial, ""
 	case is(errInterrupted):
@@ -155,6 +162,8 @@ func classify(err error) (code int, hint string) {
 		return exitUnavailable, "ca_file in [tencentkms] names the authorities to trust, and endpoint is the name in the certificate"
 	case is(keyring.ErrUnavailable):
 		return exitUnavailable, "is the key service reachable from here? kmsfs key check asks it alone"
+	case is(hsm.ErrNoModule):
+		return exitNoBackend, "install the module, or correct module in [pkcs11] or module-path in the URI of the key"
 	case is(errNoKeyService):
 		return exitNoBackend, ""
 
@@ -180,7 +189,7 @@ func classify(err error) (code int, hint string) {
 		return exitAudit, ""
 	case is(errUnhealthy):
 		return exitUnhealthy, ""
-	case is(errNotMounted), is(control.ErrNoDaemon):
+	case is(errNotMounted), is(errRevoking), is(control.ErrNoDaemon):
 		return exitNotMounted, "kmsfs status lists what is mounted"
 	case is(errMounted):
 		return exitMounted, "kmsfs status shows who has it; kmsfs umount ends it"
@@ -188,6 +197,8 @@ func classify(err error) (code int, hint string) {
 		return exitMount, ""
 	case is(errTimeout), is(context.DeadlineExceeded):
 		return exitTimeout, ""
+	case is(errNoReload):
+		return exitConfig, "unmount it, and mount it again with what it shall have"
 	case errors.As(err, &bad), is(errNoConfig):
 		return exitConfig, ""
 	case is(errChanged):

@@ -33,10 +33,13 @@ func mountConfig(t *testing.T, files map[string]string, more string, env ...stri
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	tr := &tree{t: t, dir: dir, src: filepath.Join(dir, "sealed"), mnt: filepath.Join(dir, "etc")}
-	for _, d := range []string{tr.src, tr.mnt} {
-		if err := os.Mkdir(d, 0o755); err != nil {
+	for _, d := range []string{dir, tr.src, tr.mnt} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := os.Chmod(dir, 0o755); err != nil { // MkdirTemp's are closed to others
+		t.Fatal(err)
 	}
 	for name, content := range files {
 		path := filepath.Join(tr.src, name)
@@ -47,7 +50,7 @@ func mountConfig(t *testing.T, files map[string]string, more string, env ...stri
 			t.Fatal(err)
 		}
 	}
-	tr.conf = filepath.Join(dir, "shop.toml")
+	tr.conf = filepath.Join(dir, filepath.Base(dir)+".toml") // a tree has the name of its file, and tests run side by side
 	text := fmt.Sprintf("source = %q\nmountpoint = %q\n%s", tr.src, tr.mnt, more)
 	if err := os.WriteFile(tr.conf, []byte(text), 0o600); err != nil {
 		t.Fatal(err)

@@ -1,8 +1,11 @@
 package acceptance
 
 import (
+	"bufio"
 	"context"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"os/user"
@@ -45,51 +48,50 @@ func run(m *testing.M) int {
 // patience is how long any step of a real program may take on a busy machine.
 const patience = 60 * time.Second
 
-// A tree is a mounted directory whose files are sealed under a key file.
+// A tree is a mounted directory of sealed files.
 type tree struct {
 	t        *testing.T
 	dir      string // world-readable parent of all
 	src, mnt string
-	key      string   // URI, without a configuration
-	conf     string   // path of the configuration, else ""
-	env      []string // of kmsfs; nil: ours
+	conf     string   // path of the configuration
+	env      []string // of kmsfs
 	daemon   *exec.Cmd
 }
 
-// A file is what a program finds at its path.
-type file struct {
-	content string
-	owner   string // user name; "" is root
-	mode    os.FileMode
+// A rule of the tree's configuration: who may open what. Nothing is writable, and no other
+// user has any access, whatever the source says.
+type rule struct {
+	path  string
+	owner string // user name, of the mount's file; "" is root
+	allow string // "" leaves it to the owner and the mode
 }
 
-// mountTree seals files and mounts them for every user.
-func mountTree(t *testing.T, files map[string]file) *tree {
+// mountTree mounts an empty tree for every user, under rules.
+func mountTree(t *testing.T, rules ...rule) *tree {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("the acceptance tests start servers under their own users and need root")
 	}
-	dir, err := os.MkdirTemp("", "kmsfs-app-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	tr := &tree{t: t, dir: dir, src: filepath.Join(dir, "sealed"), mnt: filepath.Join(dir, "etc"), key: "file:" + filepath.Join(dir, "cmk")}
-	for _, d := range []string{dir, tr.src, tr.mnt} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			t.Fatal(err)
+	var text strings.Builder
+	for _, r := range rules {
+		owner := r.owner
+		if owner == "" {
+			owner = "root"
 		}
-		if err := os.Chmod(d, 0o755); err != nil {
-			t.Fatal(err)
+		fmt.Fprintf(&text, "[[rule]]\npath = %q\nowner = %q\nmode = \"0400\"\n", r.path, owner)
+		if r.allow != "" {
+			fmt.Fprintf(&text, "allow = [%q]\n", r.allow)
 		}
 	}
-	command(t, kmsfs, "keygen", filepath.Join(dir, "cmk"))
-	for name, f := range files {
-		tr.put(name, f)
-	}
+	return mountKeyFile(t, text.String())
+}
 
-	tr.serve("mount", "--key", tr.key, tr.src, tr.mnt)
-	return tr
+// mountKeyFile mounts an empty tree under a key file, with more configuration.
+func mountKeyFile(t *testing.T, more string) *tree {
+	t.Helper()
+	cmk := filepath.Join(t.TempDir(), "cmk")
+	command(t, kmsfs, "keygen", cmk)
+	return mountConfig(t, nil, fmt.Sprintf("keys = [%q]\n", "file:"+cmk)+more)
 }
 
 // serve starts the daemon and returns when the tree is mounted. At the end of the test the
@@ -149,33 +151,65 @@ func mounted(t *testing.T, dir string) bool {
 	return strings.Contains(string(text), " "+dir+" fuse.kmsfs ")
 }
 
-// put seals f under name, replacing what was there in one rename.
-func (tr *tree) put(name string, f file) {
+// put seals content as name, replacing what was there in one rename. The source is root's,
+// and nobody else's.
+func (tr *tree) put(name, content string) {
 	tr.t.Helper()
-	plain := filepath.Join(tr.dir, "plain")
-	if err := os.WriteFile(plain, []byte(f.content), 0o600); err != nil {
+	tr.install(name, tr.seal(name, content))
+}
+
+// putFor does so with a source that only owner may read, for where no rule says who may.
+func (tr *tree) putFor(owner, name, content string) {
+	tr.t.Helper()
+	tr.install(name, tr.sealFor(owner, name, content))
+}
+
+func (tr *tree) sealFor(owner, name, content string) string {
+	tr.t.Helper()
+	next := tr.seal(name, content)
+	uid, gid := ids(tr.t, owner)
+	if err := os.Chown(next, uid, gid); err != nil {
 		tr.t.Fatal(err)
 	}
-	defer os.Remove(plain)
+	return next
+}
+
+// seal makes the sealed form of name, and returns where it is: beside the place that is meant
+// for it, as a deployment tool would have it.
+func (tr *tree) seal(name, content string) string {
+	tr.t.Helper()
+	plain := filepath.Join(tr.t.TempDir(), "plain")
+	if err := os.WriteFile(plain, []byte(content), 0o600); err != nil {
+		tr.t.Fatal(err)
+	}
 	dst := filepath.Join(tr.src, name)
 	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
 		tr.t.Fatal(err)
 	}
-	// Sealed beside, then renamed over: what a deployment tool does.
-	next := filepath.Join(tr.src, "."+filepath.Base(name)+".next")
-	rename := exec.Command(kmsfs, "seal", "--key", tr.key, "--root", tr.src, "--as", name, "-o", next, plain)
-	if out, err := rename.CombinedOutput(); err != nil {
-		tr.t.Fatalf("%v: %v\n%s", rename.Args, err, out)
-	}
-	uid, gid := ids(tr.t, f.owner)
-	if err := os.Chown(next, uid, gid); err != nil {
+	next := filepath.Join(filepath.Dir(dst), "."+filepath.Base(name)+".next")
+	tr.kmsfs("seal", "-c", tr.conf, "--as", name, "-o", next, plain)
+	if err := os.Chmod(next, 0o400); err != nil {
 		tr.t.Fatal(err)
 	}
-	if err := os.Chmod(next, f.mode); err != nil {
+	return next
+}
+
+func (tr *tree) install(name, sealed string) {
+	tr.t.Helper()
+	if err := os.Rename(sealed, filepath.Join(tr.src, name)); err != nil {
 		tr.t.Fatal(err)
 	}
-	if err := os.Rename(next, dst); err != nil {
-		tr.t.Fatal(err)
+}
+
+// refuses checks that none of users can open name.
+func (tr *tree) refuses(name string, users ...string) {
+	tr.t.Helper()
+	for _, u := range users {
+		cat := as(tr.t, u, exec.Command("cat", tr.path(name)))
+		cat.Env = []string{"LC_ALL=C"}
+		if out, err := cat.CombinedOutput(); err == nil || !strings.HasSuffix(string(out), ": Permission denied\n") {
+			tr.t.Errorf("%s reads %s: %v, %d bytes, want Permission denied", u, name, err, len(out))
+		}
 	}
 }
 
@@ -243,32 +277,176 @@ func output(t *testing.T, cmd *exec.Cmd) string {
 	return string(out)
 }
 
-// serve starts a server that runs until the test ends, and returns its log.
-func serve(t *testing.T, cmd *exec.Cmd) (*exec.Cmd, *syncBuffer) {
+// A server is a program that runs until it is stopped, at the latest when the test ends.
+type server struct {
+	*exec.Cmd
+	t     *testing.T
+	log   *syncBuffer
+	ended chan struct{}
+}
+
+// serve starts a server; what it printed is shown when the test fails.
+func serve(t *testing.T, cmd *exec.Cmd) *server {
 	t.Helper()
-	log := new(syncBuffer)
-	cmd.Stdout, cmd.Stderr = log, log
+	s := &server{Cmd: cmd, t: t, log: new(syncBuffer), ended: make(chan struct{})}
+	if cmd.Stdout == nil {
+		cmd.Stdout = s.log
+	}
+	cmd.Stderr = s.log
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	}
 	if err := cmd.Start(); err != nil {
 		t.Fatalf("%v: %v (make deps installs it)", cmd.Args, err)
 	}
-	done := make(chan struct{})
-	go func() { defer close(done); _ = cmd.Wait() }()
+	go func() { defer close(s.ended); _ = cmd.Wait() }()
 	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-done:
-		case <-time.After(patience):
-			_ = cmd.Process.Kill()
-			<-done
-		}
+		s.stop()
 		if t.Failed() {
-			t.Logf("%v printed:\n%s", cmd.Args, log.String())
+			t.Logf("%s printed:\n%s", cmd.Path, s.log.String())
 		}
 	})
-	return cmd, log
+	return s
+}
+
+// stop ends the server and returns when it is gone.
+func (s *server) stop() {
+	_ = s.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-s.ended:
+	case <-time.After(patience):
+		_ = s.Process.Kill()
+		<-s.ended
+		s.t.Errorf("%v did not end", s.Args)
+	}
+}
+
+// signal sends sig, once the server catches it: HAProxy, for one, serves before it does.
+func (s *server) signal(sig syscall.Signal) {
+	s.t.Helper()
+	until(s.t, fmt.Sprintf("%s catches %v", s.Path, sig), func() error {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.Process.Pid))
+		if err != nil {
+			return err
+		}
+		_, after, _ := strings.Cut(string(status), "\nSigCgt:")
+		line, _, _ := strings.Cut(after, "\n")
+		caught, err := strconv.ParseUint(strings.TrimSpace(line), 16, 64)
+		if err == nil && caught>>(sig-1)&1 == 0 {
+			err = fmt.Errorf("only %x is", caught)
+		}
+		return err
+	})
+	if err := s.Process.Signal(sig); err != nil {
+		s.t.Fatalf("%s has ended: %v", s.Path, err)
+	}
+}
+
+// lives checks that it is the process it was: a reload is not a restart.
+func (s *server) lives() {
+	s.t.Helper()
+	select {
+	case <-s.ended:
+		s.t.Errorf("%v has ended", s.Args)
+	default:
+	}
+}
+
+// hasWorkersOf checks that the server does its work in children that are name's.
+func (s *server) hasWorkersOf(name string) {
+	s.t.Helper()
+	until(s.t, "workers of "+name, func() error {
+		return exec.Command("pgrep", "-P", strconv.Itoa(s.Process.Pid), "-u", name).Run()
+	})
+}
+
+// serveOnFreePort starts a TCP server; another process may take the port between
+// choosing and binding it, so a server that does not come up gets another one.
+func serveOnFreePort(t *testing.T, cmd func(port int) *exec.Cmd, ready func() error) *server {
+	t.Helper()
+	for range 5 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := l.Addr().(*net.TCPAddr).Port
+		l.Close()
+		s := serve(t, cmd(port))
+		taken := false
+		until(t, "start of "+s.Path, func() error {
+			if taken = strings.Contains(s.log.String(), "Address already in use"); taken {
+				return nil
+			}
+			return ready()
+		})
+		if !taken {
+			return s
+		}
+		s.stop()
+	}
+	t.Fatal("no free port after five tries")
+	return nil
+}
+
+// A program answers each line on its standard input by one on its standard output.
+type program struct {
+	*server
+	in    io.Writer
+	lines chan string
+}
+
+func converse(t *testing.T, cmd *exec.Cmd) *program {
+	t.Helper()
+	in, theirIn := pipe(t)
+	theirOut, out := pipe(t)
+	cmd.Stdin, cmd.Stdout = in, out
+	p := &program{server: serve(t, cmd), in: theirIn, lines: make(chan string)}
+	in.Close()
+	out.Close()
+	go func() {
+		defer close(p.lines)
+		for sc := bufio.NewScanner(theirOut); sc.Scan(); {
+			select {
+			case p.lines <- sc.Text():
+			case <-t.Context().Done():
+				return
+			}
+		}
+	}()
+	return p
+}
+
+func pipe(t *testing.T) (r, w *os.File) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	return r, w
+}
+
+// ask says a line and returns the answer.
+func (p *program) ask(line string) string {
+	p.t.Helper()
+	if _, err := io.WriteString(p.in, line+"\n"); err != nil {
+		p.t.Fatalf("%s: %v", p.Path, err)
+	}
+	return p.next()
+}
+
+func (p *program) next() string {
+	p.t.Helper()
+	select {
+	case l, ok := <-p.lines:
+		if !ok {
+			p.t.Fatalf("%s ended", p.Path)
+		}
+		return l
+	case <-time.After(patience):
+		p.t.Fatalf("%s says nothing", p.Path)
+	}
+	return ""
 }
 
 // until tries do again and again until it succeeds.

@@ -47,7 +47,7 @@ import (
 type Record struct {
 	Time      time.Time     `json:"time"`         // set by Append
 	Seq       uint64        `json:"seq"`          // set by Append
-	Event     string        `json:"event"`        // "open", "key", "mount", "revoke", "reload"; "audit" is the log's own
+	Event     string        `json:"event"`        // "open", "key", "mount", "revoke", "reload", "on_change"; "audit" is the log's own
 	Op        string        `json:"op,omitempty"` // of a key event: "unwrap", "probe" and so on
 	Tree      string        `json:"tree,omitempty"`
 	Path      string        `json:"path,omitempty"`

@@ -72,6 +72,9 @@ func run(kmsfs string, rounds int) (err error) {
 	if err := s.audited(); err != nil {
 		return err
 	}
+	if err := s.ready(); err != nil {
+		return err
+	}
 
 	measures := []measure{
 		{"open+fstat+read+close 2 KB, 1 reader", func(d string) ([]time.Duration, error) { return hot(d, 1, 400) }},

@@ -51,8 +51,9 @@ func (m *machine) install(t *testing.T) {
 	t.Logf("%s", m.ask("dpkg -s kmsfs | grep Version; kmsfs status; uname -r; systemctl --version | head -1; systemd-analyze security --no-pager kmsfs@web | tail -1"))
 }
 
-// again looks at both applications after an ordinary reboot.
+// again looks at both applications after a reboot while files are being read.
 func (m *machine) again(t *testing.T) {
+	m.startLoad("/etc/nginx/tls/app.conf") // reads until it is stopped, too
 	m.reboot()
 	m.serving()
 	m.sealed()
@@ -81,50 +82,72 @@ func (m *machine) late(t *testing.T) {
 	m.ask("systemctl disable late-hsm && rm -r /etc/systemd/system/kmsemu.service.d && systemctl daemon-reload")
 }
 
-// crash kills the daemon of each tree under readers. When the mount outlives its
-// daemon, they see nothing of it but a pause. When not, they see errors until it is
-// there again; and where a tree is mounted over its own source, the sealed bytes,
-// between the end of the dead mount and the new one.
+const (
+	apart  = 2 * time.Second // from one kill to the next
+	flight = 7               // requests under way at most: the readers of the agent's load
+)
+
+// crash kills the daemon of each tree again and again under readers. They notice a
+// pause, and what was open before goes on; on this kernel, which cannot send requests
+// again, those under way at a kill may fail. The applications notice nothing.
 func (m *machine) crash(t *testing.T) {
 	for _, c := range []struct {
 		tree, app, file string
-		inPlace         bool
+		kills           int
 	}{
-		{"kmsfs@web", "nginx", "/etc/nginx/tls/app.conf", false},
-		{"kmsfs@db", "postgresql@15-main", "/etc/postgresql/tls/server.crt", true},
+		{"kmsfs@web", "nginx", "/etc/nginx/tls/app.conf", 10},
+		{"kmsfs@db", "postgresql@15-main", "/etc/postgresql/tls/server.crt", 4}, // mounted over its own source
 	} {
-		kept := m.prop(c.tree, "FileDescriptorStoreMax") != "0"
+		m.ask("systemctl stop " + c.tree + " && systemctl start " + c.app) // counts from 0
 		pid := m.prop(c.app, "MainPID")
-		l := m.killed(c.tree, c.file)
-		t.Logf("%s, mount kept %v: opens %+v; held descriptor %+v", c.tree, kept, l.Opens, l.Held)
-		if l.Opens.OK == 0 || l.Held.OK == 0 {
-			t.Error("there was no load: no read succeeded")
+		m.startLoad(c.file)
+		worst := m.killed(c.tree, c.file, c.kills)
+		l := m.endLoad()
+		t.Logf("%s, killed %d times: longest time until it was ready again %.1f s\nopens %+v\nheld %+v\nmapped %+v\nlisted %+v",
+			c.tree, c.kills, worst, l.Opens, l.Held, l.Mapped, l.Listed)
+		for kind, n := range map[string]count{"opens": l.Opens, "held": l.Held, "mapped": l.Mapped, "listed": l.Listed} {
+			if n.OK == 0 || n.Lied != 0 || n.Last != "" {
+				t.Errorf("%s: %+v; want some to succeed, also the last one, and none to give wrong bytes", kind, n)
+			}
 		}
-		if n := l.Opens.Lied + l.Held.Lied; n != 0 && (kept || !c.inPlace) {
-			t.Errorf("%d reads gave wrong bytes without an error", n)
+		if n := l.Opens.Failed + l.Held.Failed + l.Mapped.Failed + l.Listed.Failed; n > c.kills*flight {
+			t.Errorf("%d reads failed; of %d kills at most the %d under way may, each", n, c.kills, flight)
 		}
-		if n := l.Opens.Failed + l.Held.Failed; kept && n > readers {
-			t.Errorf("%d reads failed; the mount is kept, so at most the %d in flight may", n, readers)
+		m.whole(c.tree, filepath.Dir(c.file), c.kills)
+		if now := m.prop(c.app, "MainPID"); now != pid {
+			t.Errorf("%s had the main process %s, now %s", c.app, pid, now)
 		}
-		point := filepath.Dir(c.file)
-		if got := m.ask("grep -c ' " + point + " fuse.kmsfs ' /proc/self/mounts"); got != "1" {
-			t.Errorf("%s mounts at %s", got, point)
-		}
-		m.until("systemctl -q is-active " + c.app)
-		t.Logf("%s had the main process %s, now %s", c.app, pid, m.prop(c.app, "MainPID"))
 	}
 	m.serving()
 }
 
-// killed kills the daemon of tree while file is being read, and returns what the
-// readers saw until it was back.
-func (m *machine) killed(tree, file string) loadReport {
+// killed kills the daemon of tree while file is being read, and returns the longest
+// time in seconds until it was ready again.
+func (m *machine) killed(tree, file string, kills int) (worst float64) {
 	m.t.Helper()
-	m.startLoad(file)
-	restarts := m.prop(tree, "NRestarts")
-	m.ask("systemctl kill -s KILL --kill-whom=main " + tree)
-	m.until("test $(systemctl show -P NRestarts " + tree + ") -gt " + restarts + " && systemctl -q is-active " + tree + " && cat " + file)
-	return m.endLoad()
+	for n := 1; n <= kills; n++ {
+		m.ask("systemctl kill -s KILL --kill-whom=main " + tree)
+		m.until(fmt.Sprintf("test $(systemctl show -P NRestarts %[1]s) = %[2]d && systemctl -q is-active %[1]s && cat %[3]s", tree, n, file))
+		worst = max(worst, m.active(tree)-m.seconds("echo $(($(systemctl show -P InactiveEnterTimestampMonotonic "+tree+")/1000))e-3"))
+		time.Sleep(apart)
+	}
+	return worst
+}
+
+// whole demands that nothing is left of kills of the daemon of tree, which is mounted at point.
+func (m *machine) whole(tree, point string, kills int) {
+	m.t.Helper()
+	name := strings.TrimPrefix(tree, "kmsfs@")
+	var status struct{ Takeovers int }
+	if err := json.Unmarshal([]byte(m.ask("kmsfs status --json "+name)), &status); err != nil || status.Takeovers != kills {
+		m.t.Errorf("%s: %+v, %v; want %d takeovers", tree, status, err, kills)
+	}
+	mounts := strings.Fields(m.ask("awk '$5 == \"" + point + "\" { split($3, dev, \":\"); print dev[2] }' /proc/self/mountinfo"))
+	if len(mounts) != 1 {
+		m.t.Fatalf("%d mounts at %s", len(mounts), point)
+	}
+	m.until("test $(cat /sys/fs/fuse/connections/" + mounts[0] + "/waiting) = 0")
+	m.until("! grep -l '^State:.D' /proc/[0-9]*/status")
 }
 
 // stop takes the tree from an application and from a reader that nothing binds to it.
@@ -144,9 +167,11 @@ func (m *machine) stop(t *testing.T) {
 	}
 	_, after := m.try("cat /etc/nginx/tls/app.conf")
 	l := m.endLoad()
-	t.Logf("reader saw: opens %+v; held descriptor %+v; afterwards %q", l.Opens, l.Held, after)
-	if l.Held.Failed == 0 || l.Held.Lied != 0 {
-		t.Errorf("a descriptor opened before: %+v, want errors after the revocation and nothing but errors", l.Held)
+	t.Logf("reader saw: opens %+v; held descriptor %+v; mapping %+v; afterwards %q", l.Opens, l.Held, l.Mapped, after)
+	for kind, n := range map[string]count{"descriptor": l.Held, "mapping": l.Mapped} {
+		if n.OK == 0 || n.Last == "" || n.Lied != 0 {
+			t.Errorf("a %s from before: %+v, want errors after the revocation and nothing but errors", kind, n)
+		}
 	}
 	m.db()
 	m.ask("systemctl start nginx") // brings its tree along
@@ -206,10 +231,18 @@ func (m *machine) order() {
 	}
 }
 
+// slow is how much longer than a real machine an emulated one may take, beside others.
+const slow = 15
+
 // stopped reads in the journal how the last boot ended.
 func (m *machine) stopped() {
 	m.t.Helper()
 	out := m.ask("journalctl -b -1 -o short-unix --no-pager _PID=1 -u 'kmsfs@*' -u nginx -u 'postgresql@*' | grep -E 'Stopp|timed out|Killing|Failed' || true")
+	var begun, ended float64
+	for i, at := range []*float64{&begun, &ended} {
+		*at = m.seconds("journalctl -b -1 -o short-unix --no-pager | " + []string{"grep -m1 'systemd.*: Stopped target'", "tail -1"}[i] + " | cut -d' ' -f1")
+	}
+	m.t.Logf("the last boot ended in %.1f s", ended-begun)
 	at := make(map[string]float64)
 	for line := range strings.Lines(out) {
 		f := strings.Fields(line)
@@ -233,6 +266,8 @@ func (m *machine) stopped() {
 			m.t.Errorf("the journal of the last boot does not say when %s and %s were stopped", c.app, c.tree)
 		case tree < app:
 			m.t.Errorf("%s was stopped before %s", c.tree, c.app)
+		case gone-tree > 2*slow:
+			m.t.Errorf("%s was revoked in %.2f s: it kept the machine from shutting down", c.tree, gone-tree)
 		default:
 			m.t.Logf("%s was revoked in %.2f s", c.tree, gone-tree)
 		}
@@ -260,16 +295,15 @@ func (m *machine) seconds(script string) float64 {
 	return s
 }
 
-const readers = 5 // of the agent's load
-
 // What the agent's load reports.
 type count struct {
 	OK, Failed, Lied int
 	Errors           map[string]int
 	LastedMS, GapMS  int64
+	Last             string
 }
 
-type loadReport struct{ Opens, Held count }
+type loadReport struct{ Opens, Held, Mapped, Listed count }
 
 func (m *machine) startLoad(file string) {
 	m.t.Helper()

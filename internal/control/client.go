@@ -46,6 +46,16 @@ func (c *Client) Revoke(ctx context.Context, wait time.Duration) error {
 	return c.do(ctx, http.MethodPost, "/revoke?wait="+url.QueryEscape(wait.String()), nil)
 }
 
+// Reload lets the daemon read its configuration again, and returns what became of that.
+// A daemon of a version that cannot is an error.
+func (c *Client) Reload(ctx context.Context) (*Reload, error) {
+	var r Reload
+	if err := c.do(ctx, http.MethodPost, "/reload", &r); err != nil {
+		return nil, err
+	}
+	return &r, nil
+}
+
 // dial connects to a socket, however long its path.
 func dial(ctx context.Context, path string) (net.Conn, error) {
 	short, dir, err := shorten(path)

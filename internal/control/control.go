@@ -32,11 +32,52 @@ type Status struct {
 	Memory     Memory    `json:"memory"`
 	Keys       []Key     `json:"keys"`
 	Audit      Audit     `json:"audit"`
+	OnChange   *OnChange `json:"on_change,omitempty"`
+	Reload     *Reload   `json:"reload,omitempty"` // the last one; none yet: nil
+	Groups     []Group   `json:"groups,omitempty"`
 
 	KeyOperations []KeyOperations `json:"key_operations"`
 	LatencyBounds []time.Duration `json:"latency_bounds_ns"` // of the buckets of KeyOperations, but the last
 
 	Warnings []string `json:"warnings"`
+}
+
+// A Group is a set of files that are switched together.
+type Group struct {
+	Files   []string  `json:"files"`
+	Waiting bool      `json:"waiting"`        // what is on disk is not what is shown
+	For     []string  `json:"for,omitempty"`  // files that were replaced less often than others
+	Until   time.Time `json:"until,omitzero"` // when it is switched at the latest
+	Due     bool      `json:"due"`            // only programs that have opened a part of it are waited for
+}
+
+// OnChange is how the command does that is run after changes.
+type OnChange struct {
+	Command  []string  `json:"command"`
+	Running  bool      `json:"running"`
+	Pending  int       `json:"pending"` // files that no successful run was about
+	Runs     uint64    `json:"runs"`
+	Failures uint64    `json:"failures"`
+	Last     time.Time `json:"last,omitzero"`     // when the last run ended
+	Failure  string    `json:"failure,omitempty"` // of the last run
+	Attempts int       `json:"attempts"`          // that have failed in a row
+	Next     time.Time `json:"next,omitzero"`     // of the next attempt
+	GaveUp   bool      `json:"gave_up"`
+}
+
+// A Reload is what became of reading the configuration again.
+type Reload struct {
+	Time    time.Time `json:"time"`
+	Changed []string  `json:"changed"`       // settings that took effect
+	Restart []string  `json:"needs_restart"` // settings that differ, and take effect with the next mount
+	Failure *Failure  `json:"failure,omitempty"`
+}
+
+// A Failure says why a configuration was not taken over: the one before is in force, whole.
+type Failure struct {
+	Text  string   `json:"text"`
+	Code  int      `json:"exit_code"` // that the command line ends with
+	Hints []string `json:"hints,omitempty"`
 }
 
 // Open is one open file.

@@ -28,6 +28,10 @@ func (q *quiet) Revoke(wait time.Duration) error {
 	return q.err
 }
 
+func (q *quiet) Reload() Reload {
+	return Reload{Changed: []string{"rule"}, Failure: &Failure{Text: "line 1\n ^", Code: 11, Hints: []string{"did you mean"}}}
+}
+
 func serve(t *testing.T, path string) *quiet {
 	t.Helper()
 	s, err := Listen(path)
@@ -64,6 +68,10 @@ func TestStatusAndRevoke(t *testing.T) {
 	q.err = errors.New("a reader would not let go")
 	if err := c.Revoke(t.Context(), 0); err == nil || !strings.Contains(err.Error(), "would not let go") {
 		t.Errorf("the daemon's error does not arrive: %v", err)
+	}
+	r, err := c.Reload(t.Context())
+	if err != nil || r.Changed[0] != "rule" || r.Failure.Text != "line 1\n ^" || r.Failure.Code != 11 || r.Failure.Hints[0] != "did you mean" {
+		t.Errorf("reload: %+v, %v", r, err)
 	}
 	p, err := c.Process(t.Context())
 	if err != nil || p.PID != os.Getpid() {

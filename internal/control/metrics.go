@@ -36,6 +36,13 @@ func (s *Status) WriteMetrics(w io.Writer) error {
 	e.gauge("memory_locked_bytes", "Memory that is locked.", float64(s.Memory.Locked))
 	e.gauge("memory_used_bytes", "Locked memory that holds secrets.", float64(s.Memory.Used))
 	e.audit(s.Audit)
+	e.gauge("reload_failing", "Whether the configuration could not be read again the last time.", flag(s.Reload != nil && s.Reload.Failure != nil))
+	if c := s.OnChange; c != nil {
+		e.family("on_change_runs_total", "counter", "Runs of the command of [on_change], by outcome.")
+		e.sample("", float64(c.Runs-c.Failures), "outcome", "ok")
+		e.sample("", float64(c.Failures), "outcome", "failed")
+		e.gauge("on_change_pending_files", "Files that have changed and that no successful run was about.", float64(c.Pending))
+	}
 	_, err := w.Write(e.text.Bytes())
 	return err
 }

@@ -30,6 +30,8 @@ func TestMetricsFollowTheGrammar(t *testing.T) {
 		},
 		LatencyBounds: []time.Duration{time.Millisecond, 2500 * time.Microsecond},
 		Audit:         Audit{Records: 9, Drops: 1, Problem: "full"},
+		OnChange:      &OnChange{Runs: 5, Failures: 2, Pending: 3},
+		Reload:        &Reload{Failure: &Failure{}},
 	}
 	var b bytes.Buffer
 	if err := s.WriteMetrics(&b); err != nil {
@@ -89,6 +91,10 @@ func TestMetricsFollowTheGrammar(t *testing.T) {
 		"kmsfs_key_last_failure_seconds" + tree + `,key="pkcs11:token=a%20b"`:          0,
 		"kmsfs_audit_failing" + tree:                                                   1,
 		"kmsfs_audit_drops_total" + tree:                                               1,
+		"kmsfs_on_change_runs_total" + tree + `,outcome="ok"`:                          3,
+		"kmsfs_on_change_runs_total" + tree + `,outcome="failed"`:                      2,
+		"kmsfs_on_change_pending_files" + tree:                                         3,
+		"kmsfs_reload_failing" + tree:                                                  1,
 	} {
 		if got, ok := seen[sample]; !ok || got != want {
 			t.Errorf("%s is %v (there: %v), want %v", sample, got, ok, want)

@@ -23,6 +23,9 @@ type Daemon interface {
 	// Revoke must return once no plaintext is left; with wait it first lets open
 	// files be closed, for that long at most.
 	Revoke(wait time.Duration) error
+	// Reload must read the configuration again, put into force what can change while
+	// the mount is up, and leave everything as it was when there is a failure.
+	Reload() Reload
 }
 
 // A Server answers on one socket until it is closed.
@@ -75,6 +78,10 @@ func (s *Server) Serve(d Daemon, log *slog.Logger) {
 		if err := d.Revoke(wait); err != nil {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 		}
+	})
+	mux.HandleFunc("POST /reload", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(d.Reload())
 	})
 	s.http = &http.Server{
 		Handler:           mux,

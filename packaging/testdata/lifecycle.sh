@@ -89,11 +89,42 @@ grep -q '^NoNewPrivs:.*1$' /proc/$pid/status
 grep -q '^Seccomp:.*2$' /proc/$pid/status
 is "$(readlink /proc/$pid/ns/mnt)" "$(readlink /proc/1/ns/mnt)"
 
+step 'a reload: rules change under the mount, and after changes systemd is asked to reload others'
+cp /etc/kmsfs/shop.toml shop.toml
+cat >/etc/systemd/system/hook.service <<END
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=true
+ExecReload=/bin/sh -c 'echo reloaded >>/run/hooked'
+END
+systemctl daemon-reload
+systemctl start hook
+sed -i 's/0400/0444/' /etc/kmsfs/shop.toml
+printf '[on_change]\nrun = ["systemctl", "reload", "hook.service"]\n' >>/etc/kmsfs/shop.toml
+systemctl reload kmsfs@shop
+is "$(prop kmsfs@shop ActiveState) $(prop kmsfs@shop MainPID)" "active $pid"
+is "$(stat -c %a /srv/shop/password)" 444
+printf new >word
+kmsfs seal --as extra -o /srv/shop/extra -c shop word
+await test -s /run/hooked
+settled() { kmsfs status shop | grep 'on_change  done '; }
+await settled
+is "$(cat /run/hooked)" reloaded
+echo 'runs = 1' >>/etc/kmsfs/shop.toml
+refuses systemctl reload kmsfs@shop
+prop kmsfs@shop StatusText | grep 'the configuration was not reloaded: .*unknown key "runs"'
+is "$(prop kmsfs@shop ActiveState) $(prop kmsfs@shop MainPID)" "active $pid"
+cp shop.toml /etc/kmsfs/shop.toml
+systemctl reload kmsfs@shop
+is "$(prop kmsfs@shop StatusText)" 'serving /srv/shop'
+is "$(stat -c %a /srv/shop/password)" 400
+
 step watchdog
 mkdir -p /run/systemd/system/kmsfs@shop.service.d
 printf '[Service]\nWatchdogSec=1s\n' >/run/systemd/system/kmsfs@shop.service.d/test.conf
 systemctl daemon-reload
-systemctl restart kmsfs@shop # the application, too, since it requires it
+systemctl restart kmsfs@shop # the application, too
 first=$(prop kmsfs@shop WatchdogTimestampMonotonic)
 pinged() { [ "$(prop kmsfs@shop WatchdogTimestampMonotonic)" -gt "$((first + 2000000))" ]; }
 await pinged
@@ -103,7 +134,15 @@ systemctl restart kmsfs@shop
 await systemctl -q is-active app
 await test -e /run/app/started
 
-step 'a crash: readers go on, and an application with the drop-in is restarted'
+# What systemd makes of the application, with the drop-in.
+app=
+remember() { await systemctl -q is-active app; app=$(prop app MainPID); }
+same() { is "$(prop app ActiveState) $(prop app MainPID)" "active $app"; }
+other() { [ "$(prop app ActiveState)" = active ] && [ "$(prop app MainPID)" != "$app" ]; }
+down() { [ "$(prop app ActiveState)" = inactive ]; }
+
+step 'a crash: readers go on, and so does an application with the drop-in'
+remember
 exec 8</srv/shop/password
 kill -9 "$(prop kmsfs@shop MainPID)"
 again() { [ "$(prop kmsfs@shop NRestarts)" = 1 ] && systemctl -q is-active kmsfs@shop app; }
@@ -114,11 +153,12 @@ exec 8<&-
 kmsfs status shop | grep 'taken over 1 time '
 await grep -q 'correct horse' /run/app/read # in a mount namespace of its own
 is "$(mounts)" /srv/shop
+same
 [ ! -e /run/app/errors ] || { cat /run/app/errors; false; }
 
 step 'an upgrade takes nothing away'
 pid=$(prop kmsfs@shop MainPID)
-app=$(prop app MainPID)
+remember
 exec 8</srv/shop/password
 dpkg -i new.deb | tee upgrade.log
 grep -q 'kmsfs@shop.service goes on with the new version' upgrade.log
@@ -127,14 +167,153 @@ upgraded() { [ "$(version)" = "$(cat new.version)" ]; }
 await upgraded
 kmsfs status shop | grep 'taken over 2 times '
 is "$(prop kmsfs@shop MainPID)" "$pid"
-is "$(prop app MainPID)" "$app"
+same
 is "$(cat <&8)" 'correct horse'
 exec 8<&-
 is "$(cat /srv/shop/password)" 'correct horse'
 [ ! -e /run/app/errors ] || { cat /run/app/errors; false; }
+
+step 'restarted by hand, the tree restarts the application; revoked, it stops it'
+remember
 systemctl restart kmsfs@shop
+await other
 is "$(version)" "$(cat new.version)"
 is "$(cat /srv/shop/password)" 'correct horse'
+kmsfs umount shop
+await down
+systemctl start app # brings its tree along
+is "$(cat /srv/shop/password)" 'correct horse'
+
+step 'a tree that cannot start keeps the application from starting'
+systemctl stop app kmsfs@shop
+mv /etc/kmsfs/shop.toml /etc/kmsfs/shop.away
+refuses systemctl start app
+is "$(prop app ActiveState) $(prop kmsfs@shop ExecMainStatus)" 'inactive 11'
+mv /etc/kmsfs/shop.away /etc/kmsfs/shop.toml
+
+step 'a key that is refused is not asked for again at once'
+mv /etc/kmsfs/shop.key /etc/kmsfs/key.away
+systemctl start --no-block app
+paced() { prop kmsfs@shop StatusText | grep -q 'cannot start, trying again: no key works'; }
+await paced
+is "$(prop kmsfs@shop NRestarts)" 0
+mv /etc/kmsfs/key.away /etc/kmsfs/shop.key
+await systemctl -q is-active kmsfs@shop
+systemctl start app
+await test -e /run/app/started
+
+step 'a KMS that is late, with its credentials from systemd: the application waits'
+systemd-run -q --unit=kmsemu /root/test/kmsemu -dir /root/emulator -quiet
+await test -s /root/emulator/environment
+mkdir /srv/kms
+printf 'under a KMS' >/srv/kms/file
+started() { journalctl -b -u kmsemu --no-pager -o cat | grep -q 'is ready'; }
+await started
+journalctl -b -u kmsemu --no-pager -o cat | grep -E '^(keys|\[tencentkms\]|endpoint|ca_file)' >kms.part
+(echo 'source = "/srv/kms"'; cat kms.part) >/etc/kmsfs/kms.toml
+(
+	umask 077
+	. /root/emulator/environment
+	printf %s "$TENCENTCLOUD_SECRET_ID" >/etc/kmsfs/secret-id
+	printf %s "$TENCENTCLOUD_SECRET_KEY" >/etc/kmsfs/secret-key
+)
+(set -a; . /root/emulator/environment; kmsfs seal -r /srv/kms)
+systemctl stop kmsemu
+mkdir -p /etc/systemd/system/kmsfs@kms.service.d
+cat >/etc/systemd/system/kmsfs@kms.service.d/credentials.conf <<END
+[Service]
+LoadCredential=tencentcloud-secret-id:/etc/kmsfs/secret-id
+LoadCredential=tencentcloud-secret-key:/etc/kmsfs/secret-key
+TimeoutStartSec=30s
+END
+cat >/etc/systemd/system/late.service <<END
+[Service]
+ExecStart=/bin/sh -c 'cat /srv/kms/file >/run/late; exec sleep infinity'
+END
+mkdir /etc/systemd/system/late.service.d
+kmsfs systemd drop-in late.service kms >/etc/systemd/system/late.service.d/kmsfs-kms.conf
+systemctl daemon-reload
+late=$SECONDS
+systemctl start --no-block late
+waiting() { prop kmsfs@kms StatusText | grep -q 'waiting for a key service'; }
+await waiting
+prop kmsfs@kms StatusText
+is "$(prop kmsfs@kms ActiveState)" activating
+
+# What stays of a load is its report; it fails for what it saw.
+load=
+loaded() { # FLAGS... FILE
+	rm -f load.json*
+	./agent load "$@" load.json &
+	load=$!
+	await test -e load.json.started
+}
+unloaded() {
+	kill "$load"
+	wait "$load" || { cat load.json; return 1; }
+	cat load.json
+	echo
+}
+# killed TREE N FIRST: the daemon ends as in a crash, for the Nth time of its unit.
+killed() {
+	kill -9 "$(prop "kmsfs@$1" MainPID)"
+	back() { [ "$(prop "kmsfs@$1" NRestarts)" = "$2" ] && systemctl -q is-active "kmsfs@$1"; }
+	await back "$1" "$2"
+}
+# whole TREE MOUNTPOINT N: nothing is left of N crashes.
+whole() {
+	is "$(kmsfs status --json "$1" | tr -d ' \n' | grep -o '"takeovers":[0-9]*')" "\"takeovers\":$3"
+	is "$(mounts | grep -cx "$2")" 1
+	connection=/run/fusectl/$(findmnt -rn -o MAJ:MIN "$2" | cut -d: -f2)
+	idle() { [ "$(cat "$connection/waiting")" = 0 ]; }
+	await idle
+	hung() { grep -l '^State:.D' /proc/[0-9]*/status; }
+	await refuses hung
+}
+mkdir -p /run/fusectl
+mount -t fusectl none /run/fusectl
+# version N: 64 pages, each of which tells the version.
+version_of() { awk -v n=$((1000 + $1)) 'BEGIN { for (i = 0; i < 21845; i++) print "version", n }'; }
+
+step 'fifty crashes under load: no reader sees more than a pause'
+version_of 0 >/srv/long
+systemctl stop app kmsfs@shop
+kmsfs seal --as long -o /srv/shop/long -c /etc/kmsfs/shop.toml /srv/long
+systemctl start app
+await test -e /run/app/started
+remember
+exec 8</srv/shop/password
+# The promise is two seconds; a machine that runs other tests meanwhile may take longer.
+loaded -gap 20s /srv/shop/long
+for n in $(seq 50); do
+	killed shop $n
+	is "$(cat /srv/shop/password)" 'correct horse'
+done
+unloaded
+whole shop /srv/shop 50
+is "$(cat <&8)" 'correct horse'
+exec 8<&-
+same
+[ ! -e /run/app/errors ] || { cat /run/app/errors; false; }
+
+step 'crashes while the file is replaced: an old version may be stale, nothing else'
+mkdir -p /srv/moving /mnt/moving
+printf 'source = "/srv/moving"\nmountpoint = "/mnt/moving"\nkeys = ["file:/etc/kmsfs/shop.key"]\n' >/etc/kmsfs/moving.toml
+renew() { version_of "$1" >/srv/new; kmsfs seal -c /etc/kmsfs/moving.toml --force --as long -o /srv/moving/long /srv/new; }
+renew 0
+systemctl start kmsfs@moving
+loaded -replaced -gap 20s /mnt/moving/long
+for n in $(seq 20); do
+	[ $((n % 2)) = 0 ] || renew $n
+	killed moving $n
+	[ $((n % 2)) = 1 ] || renew $n
+	is "$(head -n1 /mnt/moving/long)" "version $((1000 + n))"
+done
+unloaded
+whole moving /mnt/moving 20
+loaded -revoked /mnt/moving/long
+systemctl stop kmsfs@moving
+unloaded
 
 step 'mount(8) and fstab'
 mkdir -p /srv/second
@@ -158,6 +337,22 @@ await gone
 code=0
 mount -t fuse.kmsfs nonsense /mnt/second || code=$?
 [ $code != 0 ]
+sed -i /fuse.kmsfs/d /etc/fstab
+systemctl daemon-reload
+
+step 'fstab with x-systemd.automount'
+echo 'second /mnt/second fuse.kmsfs ro,nofail,_netdev,x-systemd.automount,x-systemd.idle-timeout=1s 0 0' >>/etc/fstab
+systemctl daemon-reload
+systemctl start mnt-second.automount
+for _ in 1 2; do
+	is "$(mounts | grep second || true)" ''
+	is "$(timeout 60 cat /mnt/second/file)" 'by fstab' # mounts it
+	is "$(mounts | grep second)" /mnt/second
+	unused() { [ -z "$(mounts | grep second)" ]; }
+	await unused # unmounted by systemd
+	await gone
+done
+systemctl stop mnt-second.automount
 sed -i /fuse.kmsfs/d /etc/fstab
 systemctl daemon-reload
 
@@ -189,44 +384,25 @@ systemctl start kmsfs@hsm || code=$?
 is "$(prop kmsfs@hsm ExecMainStatus)" 21
 is "$(prop kmsfs@hsm ActiveState) $(prop kmsfs@hsm NRestarts)" 'failed 0'
 
-step 'a KMS that is late, with its credentials from systemd'
+step 'a KMS that comes 100 seconds late: the application starts by itself'
+while [ $((SECONDS - late)) -lt 100 ]; do sleep 1; done
+is "$(prop kmsfs@kms ActiveState) $(prop kmsfs@kms NRestarts) $(prop late ActiveState)" 'activating 0 inactive'
 systemd-run -q --unit=kmsemu /root/test/kmsemu -dir /root/emulator -quiet
-await test -s /root/emulator/environment
-mkdir /srv/kms
-printf 'under a KMS' >/srv/kms/file
-started() { journalctl -b -u kmsemu --no-pager -o cat | grep -q 'is ready'; }
-await started
-journalctl -b -u kmsemu --no-pager -o cat | grep -E '^(keys|\[tencentkms\]|endpoint|ca_file)' >kms.part
-(echo 'source = "/srv/kms"'; cat kms.part) >/etc/kmsfs/kms.toml
-(
-	umask 077
-	. /root/emulator/environment
-	printf %s "$TENCENTCLOUD_SECRET_ID" >/etc/kmsfs/secret-id
-	printf %s "$TENCENTCLOUD_SECRET_KEY" >/etc/kmsfs/secret-key
-)
-(set -a; . /root/emulator/environment; kmsfs seal -r /srv/kms)
-systemctl stop kmsemu
-mkdir -p /etc/systemd/system/kmsfs@kms.service.d
-cat >/etc/systemd/system/kmsfs@kms.service.d/credentials.conf <<END
-[Service]
-LoadCredential=tencentcloud-secret-id:/etc/kmsfs/secret-id
-LoadCredential=tencentcloud-secret-key:/etc/kmsfs/secret-key
-END
-systemctl daemon-reload
-systemctl start --no-block kmsfs@kms
-waiting() { prop kmsfs@kms StatusText | grep -q 'waiting for a key service'; }
-await waiting
-prop kmsfs@kms StatusText
-is "$(prop kmsfs@kms ActiveState)" activating
-systemd-run -q --unit=kmsemu /root/test/kmsemu -dir /root/emulator -quiet
-await systemctl -q is-active kmsfs@kms
+await systemctl -q is-active late
+await grep -q 'under a KMS' /run/late
+is "$(prop kmsfs@kms NRestarts)" 0
 is "$(cat /srv/kms/file)" 'under a KMS'
 systemctl stop kmsfs@kms kmsemu
+is "$(prop late ActiveState)" inactive
 
 step 'stopping revokes, and stops the application before'
 systemctl start app
+loaded -revoked /srv/shop/long
 systemctl stop kmsfs@shop
 is "$(prop app ActiveState)" inactive
+unloaded
+stopped() { journalctl -b -o short-unix --no-pager _PID=1 -g "^$1" | tail -1 | cut -d' ' -f1; }
+awk "BEGIN { exit !($(stopped 'Stopped app.service') <= $(journalctl -b -o short-unix --no-pager -t kmsfs -g 'msg=revoking' | tail -1 | cut -d' ' -f1)) }"
 is "$(mounts)" ''
 refuses grep -q 'correct horse' /srv/shop/password
 refuses grep -rlE 'correct horse|by fstab|under an HSM|under a KMS|12345678' /run/kmsfs /var/log/kmsfs /var/log/journal

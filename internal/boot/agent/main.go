@@ -3,7 +3,8 @@
 // Command agent is what the test machine has of the test. As the first program of
 // the initial RAM file system it finds the disk and hands the machine over to the
 // systemd on it; as a service it runs commands for the host, over a serial line;
-// as "agent load" it reads a file under load and counts what goes wrong.
+// as "agent load" it reads a file under load and counts what goes wrong, also for
+// the packages' test.
 //
 // It is no part of the disk: each boot brings it along in /run.
 package main
@@ -31,8 +32,8 @@ func run(args []string) error {
 		return handOver()
 	case len(args) == 1 && args[0] == "serve":
 		return serve("/dev/ttyS1")
-	case len(args) == 3 && args[0] == "load":
-		return load(args[1], args[2])
+	case len(args) > 0 && args[0] == "load":
+		return load(args[1:])
 	}
 	return fmt.Errorf("unknown arguments %q", args)
 }
