@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -35,6 +36,7 @@ func Attach(source *os.File, mountpoint string, allowOther bool) (*Mounted, erro
 	if err != nil {
 		return nil, err
 	}
+	m.unlock()
 	if m.Control, err = openControl(m.Dev); err != nil {
 		m.Close()
 		_ = ClearStale(mountpoint)
@@ -56,7 +58,8 @@ func Equip(mountpoint string, dev uint64) (*Mounted, error) {
 			continue
 		}
 		if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {
-			m.Twin = cloneMount(e.Point)
+			m.Twin = twinFile(cloneMount(unix.AT_FDCWD, e.Point, 0))
+			m.unlock()
 		}
 		m.ID = e.ID
 		if m.Control, err = openControl(dev); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -66,6 +69,21 @@ func Equip(mountpoint string, dev uint64) (*Mounted, error) {
 		break
 	}
 	return m, nil
+}
+
+// unlock makes the twin writable for a daemon that may not do that. Where it cannot be done,
+// the daemon finds out.
+func (m *Mounted) unlock() {
+	if m.Twin != nil {
+		_ = unlockTwin(int(m.Twin.Fd()))
+	}
+}
+
+func twinFile(fd int) *os.File {
+	if fd < 0 {
+		return nil
+	}
+	return os.NewFile(uintptr(fd), "twin")
 }
 
 // Close closes its files.
@@ -91,6 +109,7 @@ func (f *FS) Equipment() (twin, control *os.File) {
 }
 
 func (f *tree) equip(twin, control *os.File) {
+	defer f.equipOnce.Do(func() { close(f.equipped) })
 	if twin != nil {
 		f.twin.take(twin)
 	}
@@ -98,59 +117,6 @@ func (f *tree) equip(twin, control *os.File) {
 		if old := f.control.Swap(control); old != nil {
 			_ = old.Close()
 		}
-	}
-}
-
-// A twin is a detached copy of the mount. As long as it exists the file system outlives its
-// mountpoint: when somebody unmounts that by hand there is time to overwrite pages before
-// they are freed.
-type twin struct {
-	mu sync.Mutex
-	fd int // -1: none
-}
-
-// cloneMount returns a twin of the mount at point, or nil.
-func cloneMount(point string) *os.File {
-	fd, err := unix.OpenTree(unix.AT_FDCWD, point, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err != nil {
-		return nil
-	}
-	return os.NewFile(uintptr(fd), point)
-}
-
-// take replaces it by f, which is closed.
-func (t *twin) take(f *os.File) {
-	defer f.Close()
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-	if err != nil {
-		return
-	}
-	t.drop()
-	t.mu.Lock()
-	t.fd = fd
-	t.mu.Unlock()
-}
-
-// dup returns a descriptor for whoever may have to wait while he uses it.
-func (t *twin) dup() (*os.File, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.fd < 0 {
-		return nil, os.ErrClosed
-	}
-	fd, err := unix.FcntlInt(uintptr(t.fd), unix.F_DUPFD_CLOEXEC, 3)
-	if err != nil {
-		return nil, fmt.Errorf("duplicate the twin of the mount: %w", err)
-	}
-	return os.NewFile(uintptr(fd), "twin"), nil
-}
-
-func (t *twin) drop() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.fd >= 0 {
-		_ = unix.Close(t.fd)
-		t.fd = -1
 	}
 }
 
@@ -173,11 +139,11 @@ func attachFrom(src *source, o *Options) (*Mounted, error) {
 	if err := checkPlace(src, o.Mountpoint); err != nil {
 		return nil, err
 	}
-	fd, err := attach(o, src.name)
+	made, err := attach(o, src.name)
 	if err != nil {
 		return nil, err
 	}
-	m := &Mounted{Device: os.NewFile(uintptr(fd), "/dev/fuse")}
+	m := &Mounted{Device: os.NewFile(uintptr(made.device), "/dev/fuse"), Twin: twinFile(made.twin)}
 	// The uppermost at the mountpoint, which was looked at before anybody could cover it.
 	all, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
@@ -189,32 +155,180 @@ func attachFrom(src *source, o *Options) (*Mounted, error) {
 		m.Close()
 		return nil, fmt.Errorf("mount %s: it is not in the mount table", o.Mountpoint)
 	}
-	m.ID, m.Dev, m.Twin = top.ID, top.Dev, cloneMount(o.Mountpoint)
+	m.ID, m.Dev = top.ID, top.Dev
+	if m.Twin == nil {
+		m.Twin = twinFile(cloneMount(unix.AT_FDCWD, o.Mountpoint, 0))
+	}
 	return m, nil
 }
 
-// attach opens the FUSE device and mounts it. The kernel waits for the first
-// answer on the descriptor from then on.
-func attach(o *Options, fsname string) (int, error) {
+// maxRead is the largest READ we ask the kernel to send.
+const maxRead = 128 << 10
+
+// An attachment is what is left in hand of a mount that was just made.
+type attachment struct {
+	device int // of the connection; the kernel waits for the first answer on it
+	twin   int // a detached copy of the mount, or -1
+}
+
+// attach opens the FUSE device and mounts it, read-only for everybody. The file system
+// itself is writable where the kernel lets us tell the two apart: a twin of the mount
+// can then be made writable, for nobody but us.
+func attach(o *Options, fsname string) (attachment, error) {
+	made := attachment{device: -1, twin: -1}
+	var err error
+	for _, way := range []func(*Options, string) (attachment, error){attachNew, attachOld, attachUnprivileged} {
+		made, err = way(o, fsname)
+		// Before Linux 5.2; filtered away, or not root; a source with a name of more than 255 bytes.
+		if !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EINVAL) {
+			break
+		}
+	}
+	if err != nil {
+		return made, fmt.Errorf("mount %s: %w", o.Mountpoint, err)
+	}
+	return made, nil
+}
+
+// withDevice opens the FUSE device, and mounts it by do.
+func withDevice(do func(device int) (twin int, err error)) (attachment, error) {
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return -1, fmt.Errorf("open /dev/fuse: %w", fuseHint(err))
+		return attachment{-1, -1}, fmt.Errorf("open /dev/fuse: %w", fuseHint(err))
 	}
-	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d,max_read=%d,default_permissions",
-		fd, os.Geteuid(), os.Getegid(), maxRead)
-	if o.AllowOther {
-		data += ",allow_other"
+	twin, err := do(fd)
+	if err != nil {
+		_ = unix.Close(fd)
+		return attachment{-1, -1}, fuseHint(err)
 	}
-	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_RDONLY)
-	err = unix.Mount(fsname, o.Mountpoint, mountType, flags, data)
+	return attachment{fd, twin}, nil
+}
+
+// attachNew makes the mount aside, so that it is read-only when it appears.
+func attachNew(o *Options, fsname string) (attachment, error) {
+	return withDevice(func(device int) (twin int, err error) {
+		mount, err := detachedMount(o, fsname, device)
+		if err != nil {
+			return -1, err
+		}
+		defer unix.Close(mount)
+		// mount(2) follows a link at the end, too.
+		if err := unix.MoveMount(mount, "", unix.AT_FDCWD, o.Mountpoint, unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS); err != nil {
+			return -1, fmt.Errorf("move_mount: %w", err)
+		}
+		return cloneMount(mount, "", unix.AT_EMPTY_PATH), nil
+	})
+}
+
+// detachedMount returns a mount that is nowhere yet.
+func detachedMount(o *Options, fsname string, device int) (int, error) {
+	ctx, err := unix.Fsopen("fuse", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsopen: %w", err)
+	}
+	defer unix.Close(ctx)
+	for _, set := range [][2]string{
+		{"source", fsname}, {"subtype", "kmsfs"}, {"fd", strconv.Itoa(device)}, {"rootmode", "40000"},
+		{"user_id", strconv.Itoa(os.Geteuid())}, {"group_id", strconv.Itoa(os.Getegid())}, {"max_read", strconv.Itoa(maxRead)},
+	} {
+		if err := unix.FsconfigSetString(ctx, set[0], set[1]); err != nil {
+			return -1, fmt.Errorf("fsconfig %s=%s: %w", set[0], set[1], err)
+		}
+	}
+	err = unix.FsconfigSetFlag(ctx, "default_permissions")
+	if err == nil && o.AllowOther {
+		err = unix.FsconfigSetFlag(ctx, "allow_other")
+	}
 	if err == nil {
-		return fd, nil
+		err = unix.FsconfigCreate(ctx)
 	}
-	_ = unix.Close(fd)
-	if errors.Is(err, unix.EPERM) {
-		return attachUnprivileged(o, fsname)
+	if err != nil {
+		return -1, fmt.Errorf("fsconfig: %w", err)
 	}
-	return -1, fmt.Errorf("mount %s: %w", o.Mountpoint, fuseHint(err))
+	mount, err := unix.Fsmount(ctx, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
+	if err != nil {
+		return -1, fmt.Errorf("fsmount: %w", err)
+	}
+	return mount, nil
+}
+
+// attachOld mounts by mount(2): the file system itself is read-only.
+func attachOld(o *Options, fsname string) (attachment, error) {
+	return withDevice(func(device int) (twin int, err error) {
+		data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d,max_read=%d,default_permissions",
+			device, os.Geteuid(), os.Getegid(), maxRead)
+		if o.AllowOther {
+			data += ",allow_other"
+		}
+		return -1, unix.Mount(fsname, o.Mountpoint, mountType, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_RDONLY, data)
+	})
+}
+
+// A twin is a detached copy of the mount. As long as it exists the file system outlives its
+// mountpoint: when somebody unmounts that by hand there is time to overwrite pages before
+// they are freed.
+type twin struct {
+	mu sync.Mutex
+	fd int // -1: none
+}
+
+// unlock makes it writable, Linux 5.12. Only who has the descriptor can get there.
+func (t *twin) unlock() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fd < 0 {
+		return errors.New("there is no twin of the mount")
+	}
+	return unlockTwin(t.fd)
+}
+
+func unlockTwin(fd int) error {
+	attr := unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
+	return os.NewSyscallError("mount_setattr", unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr))
+}
+
+// take replaces it by f, which is closed.
+func (t *twin) take(f *os.File) {
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return
+	}
+	t.drop()
+	t.mu.Lock()
+	t.fd = fd
+	t.mu.Unlock()
+}
+
+func (t *twin) dup() (*os.File, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fd < 0 {
+		return nil, os.ErrClosed
+	}
+	fd, err := unix.FcntlInt(uintptr(t.fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate the twin of the mount: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "twin"), nil
+}
+
+func (t *twin) drop() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fd >= 0 {
+		_ = unix.Close(t.fd)
+		t.fd = -1
+	}
+}
+
+// cloneMount returns the descriptor of a twin of the mount at path below dir, or -1.
+func cloneMount(dir int, path string, flags uint) int {
+	fd, err := unix.OpenTree(dir, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|flags)
+	if err != nil {
+		return -1
+	}
+	return fd
 }
 
 func fuseHint(err error) error {
@@ -227,14 +341,15 @@ func fuseHint(err error) error {
 // attachUnprivileged lets the set-user-id helper fusermount3 mount for us. It
 // sends the descriptor over the socket whose number is in _FUSE_COMMFD, as
 // libfuse documents it.
-func attachUnprivileged(o *Options, fsname string) (int, error) {
+func attachUnprivileged(o *Options, fsname string) (attachment, error) {
+	none := attachment{-1, -1}
 	helper, err := lookHelper()
 	if err != nil {
-		return -1, fmt.Errorf("mount %s: %w, and %w (package fuse3)", o.Mountpoint, unix.EPERM, err)
+		return none, fmt.Errorf("%w, and %w (package fuse3)", unix.EPERM, err)
 	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return -1, fmt.Errorf("mount %s: socketpair: %w", o.Mountpoint, err)
+		return none, fmt.Errorf("socketpair: %w", err)
 	}
 	ours, theirs := os.NewFile(uintptr(pair[0]), "fusermount"), os.NewFile(uintptr(pair[1]), "fusermount")
 	defer ours.Close()
@@ -246,20 +361,20 @@ func attachUnprivileged(o *Options, fsname string) (int, error) {
 		opts = append(opts, "allow_other")
 	}
 	if err := runHelper(helper, theirs, o.Mountpoint, "-o", strings.Join(opts, ",")); err != nil {
-		return -1, fmt.Errorf("mount %s: %w", o.Mountpoint, err)
+		return none, fmt.Errorf("%w", err)
 	}
 	buf, oob := make([]byte, 1), make([]byte, unix.CmsgSpace(4))
 	_, n, _, _, err := unix.Recvmsg(int(ours.Fd()), buf, oob, unix.MSG_CMSG_CLOEXEC)
 	if err != nil {
-		return -1, fmt.Errorf("mount %s: receive from fusermount3: %w", o.Mountpoint, err)
+		return none, fmt.Errorf("receive from fusermount3: %w", err)
 	}
 	msgs, err := unix.ParseSocketControlMessage(oob[:n])
 	if err != nil || len(msgs) != 1 {
-		return -1, fmt.Errorf("mount %s: fusermount3 sent no descriptor", o.Mountpoint)
+		return none, fmt.Errorf("fusermount3 sent no descriptor")
 	}
 	fds, err := unix.ParseUnixRights(&msgs[0])
 	if err != nil || len(fds) != 1 {
-		return -1, fmt.Errorf("mount %s: fusermount3 sent no descriptor", o.Mountpoint)
+		return none, fmt.Errorf("fusermount3 sent no descriptor")
 	}
-	return fds[0], nil
+	return attachment{fds[0], -1}, nil
 }

@@ -32,7 +32,7 @@ func slurp(b *testing.B, path string, buf []byte) {
 }
 
 // BenchmarkHot opens, stats, reads and closes a 2 KB file: on the mount, and
-// beside it for comparison; and on a mount that can be taken over.
+// beside it for comparison; on a mount that can be taken over; and as a member of a group.
 func BenchmarkHot(b *testing.B) {
 	w := newWorld(b)
 	w.seal("f", strings.Repeat("x", 2048))
@@ -46,11 +46,14 @@ func BenchmarkHot(b *testing.B) {
 	defer ledger.Close()
 	noted.o.Ledger = ledger
 	noted.mount()
+	grouped := newWorld(b, func(o *Options) { o.Groups = []Group{{Files: []string{"f", "g"}}} })
+	grouped.seal("f", strings.Repeat("x", 2048))
+	grouped.mount()
 	plain := filepath.Join(filepath.Dir(w.mnt), "plain")
 	if err := os.WriteFile(plain, make([]byte, 2048), 0o600); err != nil {
 		b.Fatal(err)
 	}
-	for _, c := range []struct{ name, path string }{{"disk", plain}, {"mount", w.at("f")}, {"noted", noted.at("f")}} {
+	for _, c := range []struct{ name, path string }{{"disk", plain}, {"mount", w.at("f")}, {"noted", noted.at("f")}, {"member", grouped.at("f")}} {
 		b.Run(c.name, func(b *testing.B) {
 			buf := make([]byte, 4096)
 			b.ReportAllocs()

@@ -42,6 +42,13 @@ func child(role string, args []string) int {
 		return hold(args[0], args[1])
 	case "serve":
 		return serve(args)
+	case "pairs":
+		n, _ := strconv.Atoi(args[2])
+		return readPairs(args[0], args[1], n)
+	case "hop":
+		return hop(args[0], args[1])
+	case "step":
+		return stepThrough(args)
 	case "pages":
 		return readPages(args[0])
 	}

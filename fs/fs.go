@@ -17,6 +17,12 @@
 // and the kernel looks the path up again by itself. Ids derive from what a node
 // stands for, so that a restarted daemon finds the same.
 //
+// # Groups
+//
+// A member of a group is shown from a copy of its sealed file, made when the group was last
+// switched. What happens in the source is only watched, to switch all members
+// together, and between the opens of a program rather than among them.
+//
 // # What is cached where
 //
 // The kernel keeps names and attributes for an hour and pages as long as it
@@ -75,6 +81,15 @@ type Options struct {
 	// own; [FS.Look] tells what is there. See [FS.WatchAll]. nil: nobody wants to know.
 	Changed func(path string)
 
+	// Poker is a program that calls [PokerMain] when its first argument is [PokerVerb]. With
+	// its help, programs that watch files on the mount are told of changes. "": they are not,
+	// or only those that watch a file itself.
+	Poker string
+
+	// Groups are switched together: their files are shown as they were until all were replaced.
+	Groups []Group
+
+	grace    time.Duration // how long a program may take between two files of a group; 0: passGrace
 	fresh    time.Duration // how long a change counts as fresh; 0: freshFor
 	noResend bool          // for tests: as on a kernel that cannot send requests again
 }
@@ -176,22 +191,26 @@ type tree struct {
 	dirs    dirHandles
 	headers headers
 	watch   *watcher
+	herald  *herald
+	groups  *groups
 	log     reporter
 	pins    atomic.Int32
 
 	looks       atomic.Uint64 // at signalled callers that wait on
 	overwritten atomic.Uint64 // nodes whose pages the kernel has overwritten and dropped
 
-	server  atomic.Pointer[fuse.Server]
-	device  *os.File      // a duplicate to ask whether the connection lives
-	dev     atomic.Uint64 // st_dev of the mount
-	mountID int           // 0: not to be seen from here
-	twin    twin
-	control atomic.Pointer[os.File] // ends the connection when it is written to, or nil
-	mounts  *mountWatch
-	served  chan struct{} // closed when the connection has ended
-	ledger  *ledger
-	past    past
+	server    atomic.Pointer[fuse.Server]
+	device    *os.File      // a duplicate to ask whether the connection lives
+	dev       atomic.Uint64 // st_dev of the mount
+	mountID   int           // 0: not to be seen from here
+	twin      twin
+	equipped  chan struct{} // closed when there is a twin, or will be none
+	equipOnce sync.Once
+	control   atomic.Pointer[os.File] // ends the connection when it is written to, or nil
+	mounts    *mountWatch
+	served    chan struct{} // closed when the connection has ended
+	ledger    *ledger
+	past      past
 
 	refusing atomic.Bool   // no new opens
 	frozen   atomic.Bool   // see [FS.Freeze]
@@ -226,7 +245,7 @@ func newTree(o Options) (*tree, error) {
 		return nil, err
 	}
 	t := &tree{o: o, src: src, twin: twin{fd: -1},
-		served: make(chan struct{}), now: make(chan struct{}), done: make(chan struct{})}
+		equipped: make(chan struct{}), served: make(chan struct{}), now: make(chan struct{}), done: make(chan struct{})}
 	var st unix.Stat_t
 	if err := src.stat("", &st); err != nil {
 		src.close()
@@ -246,7 +265,17 @@ func newTree(o Options) (*tree, error) {
 		src.close()
 		return nil, err
 	}
+	if t.groups, err = newGroups(t, o.Groups); err != nil {
+		src.close()
+		t.ledger.close()
+		return nil, err
+	}
 	t.watch = newWatcher(t)
+	t.herald = newHerald(t)
+	if err := t.groups.begin(); err != nil {
+		t.free()
+		return nil, err
+	}
 	return t, nil
 }
 
@@ -302,6 +331,7 @@ func (f *tree) serverOptions() *fuse.MountOptions {
 }
 
 func (f *tree) start() {
+	f.herald.start()
 	f.watch.start()
 	if f.mountID != 0 {
 		f.mounts = watchMounts(f)

@@ -142,28 +142,53 @@ func TestSealedOnly(t *testing.T) {
 func TestNothingCanBeWritten(t *testing.T) {
 	w := newWorld(t)
 	w.seal("f", "text")
+	w.seal("d/f", "text")
 	w.mount()
 	f := w.at("f")
-	for what, err := range map[string]error{
-		"write":    os.WriteFile(f, nil, 0o600),
-		"create":   os.WriteFile(w.at("new"), nil, 0o600),
-		"truncate": os.Truncate(f, 0),
-		"remove":   os.Remove(f),
-		"rename":   os.Rename(f, w.at("g")),
-		"mkdir":    os.Mkdir(w.at("dir"), 0o700),
-		"chmod":    os.Chmod(f, 0o600),
-		"chown":    os.Chown(f, 1, 1),
-		"link":     os.Link(f, w.at("g")),
-		"symlink":  os.Symlink("x", w.at("g")),
-	} {
-		if !errors.Is(err, unix.EROFS) {
-			t.Errorf("%s: %v", what, err)
+	refused := func() {
+		t.Helper()
+		for what, err := range map[string]error{
+			"write":     os.WriteFile(f, nil, 0o600),
+			"create":    os.WriteFile(w.at("new"), nil, 0o600),
+			"truncate":  os.Truncate(f, 0),
+			"open for":  openBy(f, unix.O_RDWR),
+			"cut short": openBy(f, unix.O_RDONLY|unix.O_TRUNC),
+			"tmpfile":   openBy(w.mnt, unix.O_RDWR|unix.O_TMPFILE),
+			"remove":    os.Remove(f),
+			"rmdir":     unix.Rmdir(w.at("d")),
+			"rename":    os.Rename(f, w.at("g")),
+			"exchange":  unix.Renameat2(unix.AT_FDCWD, f, unix.AT_FDCWD, w.at("d"), unix.RENAME_EXCHANGE),
+			"mkdir":     os.Mkdir(w.at("dir"), 0o700),
+			"mknod":     unix.Mknod(w.at("dev"), unix.S_IFREG|0o600, 0),
+			"chmod":     os.Chmod(f, 0o600),
+			"chown":     os.Chown(f, 1, 1),
+			"touch":     os.Chtimes(f, time.Now(), time.Now()),
+			"link":      os.Link(f, w.at("g")),
+			"symlink":   os.Symlink("x", w.at("g")),
+			"setxattr":  unix.Setxattr(f, "user.x", []byte("x"), 0),
+		} {
+			if !errors.Is(err, unix.EROFS) && (what != "setxattr" || !errors.Is(err, unix.EOPNOTSUPP)) {
+				t.Errorf("%s: %v", what, err)
+			}
 		}
+		w.read("f", "text")
 	}
+	refused()
+	// Root can take the lock off the mount. What is behind it refuses all the same.
+	var st unix.Statfs_t
+	w.must(unix.Statfs(w.mnt, &st))
+	if st.Flags&unix.ST_RDONLY == 0 {
+		t.Error("the mount is not read-only")
+	}
+	w.must(unix.Mount("", w.mnt, "", unix.MS_REMOUNT|unix.MS_BIND, ""))
+	w.must(unix.Statfs(w.mnt, &st))
+	if st.Flags&unix.ST_RDONLY != 0 {
+		t.Fatal("the lock cannot be taken off: this test shows nothing")
+	}
+	refused()
 	if _, err := unix.Getxattr(f, "user.x", make([]byte, 10)); err != unix.EOPNOTSUPP && err != unix.ENODATA {
 		t.Errorf("getxattr: %v", err)
 	}
-	var st unix.Statfs_t
 	if err := unix.Statfs(w.mnt, &st); err != nil || st.Namelen != 255 {
 		t.Errorf("statfs: %v, %+v", err, st)
 	}
@@ -177,6 +202,14 @@ func TestNothingCanBeWritten(t *testing.T) {
 		t.Errorf("seek to a hole: %d, %v", end, err)
 	}
 	w.must(unix.Flock(fd, unix.LOCK_SH|unix.LOCK_NB))
+}
+
+func openBy(path string, flags int) error {
+	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		_ = unix.Close(fd)
+	}
+	return err
 }
 
 // TestBlobs: the size of a bare CiphertextBlob is known only once it is opened,
@@ -325,9 +358,9 @@ func TestStaleMounts(t *testing.T) {
 	}
 	w.must(w.fs.Revoke(t.Context(), false))
 
-	fd, err := attach(&w.o, "dead")
+	made, err := attach(&w.o, "dead")
 	w.must(err)
-	w.must(unix.Close(fd))
+	w.must(unix.Close(made.device), unix.Close(made.twin))
 	if err := unix.Access(filepath.Join(w.mnt, "f"), unix.R_OK); err != unix.ENOTCONN {
 		t.Fatalf("a mount without a daemon: %v", err)
 	}

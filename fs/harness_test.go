@@ -36,6 +36,9 @@ import (
 
 // TestMain runs the tests, or what a test wants done in a process of its own.
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == PokerVerb {
+		unix.Exit(PokerMain()) // without the second that the race detector's os.Exit takes
+	}
 	if role := os.Getenv("KMSFS_TEST_CHILD"); role != "" {
 		os.Exit(child(role, os.Args[1:]))
 	}
@@ -170,7 +173,7 @@ func newWorld(t testing.TB, opts ...func(*Options)) *world {
 		Tree: "test", Mountpoint: w.mnt, AllowOther: true, PageCache: true, OpenTimeout: patience,
 		Opener:    &sealed.Opener{Keys: []keyring.Key{{URI: "file:" + key, Backend: w.keys}}, Arena: arena, MaxFile: 4 << 20},
 		Plaintext: store.Options{Arena: arena, TTL: time.Minute},
-		Caller:    reader, Audit: w.audit,
+		Caller:    reader, Audit: w.audit, Poker: "/proc/self/exe",
 		Log: slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, opt := range opts {
@@ -363,6 +366,12 @@ func (r *records) Append(_ context.Context, rec audit.Record) error {
 	}
 	r.all = append(r.all, rec)
 	return nil
+}
+
+func (r *records) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.all)
 }
 
 func (r *records) last() audit.Record {

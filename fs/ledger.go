@@ -25,7 +25,7 @@ import (
 
 // A ledger notes what the kernel has been told, in a file that outlives this
 // process: which mount this is, what each node stands for, which handles are open.
-// A note is made before the answer it is about. It holds names, never content.
+// A note is made before the answer it is about. It holds names, and of groups sealed files, never plaintext.
 //
 // The file begins with the offset of the first note; what is before it has been
 // given back. Notes are lines of JSON. A last line that is not whole belongs to an
@@ -56,6 +56,8 @@ type note struct {
 	Forget uint64     `json:"forget,omitempty"`
 	Open   *openNote  `json:"open,omitempty"`
 	Close  uint64     `json:"close,omitempty"`
+
+	Group []imageNote `json:"group,omitempty"` // what the members of one show
 }
 
 // A mountNote says which mount this is.
@@ -82,6 +84,7 @@ type nodeNote struct {
 	Target                             []byte `json:",omitempty"`
 	Size                               int64
 	Exact, Settled, Rewritten, Retired bool   `json:",omitempty"`
+	Unlinked, Untold                   bool   `json:",omitempty"`
 	Digest                             []byte `json:",omitempty"`
 }
 
@@ -198,6 +201,8 @@ type inheritance struct {
 	mount mountNote
 	nodes []*nodeNote // in the order in which they became what their paths lead to
 	open  []*openNote
+
+	images map[string]*image // by path, of members of groups
 }
 
 // readLedger reads what the predecessor has noted.
@@ -214,7 +219,7 @@ func readLedger(f *os.File) (*inheritance, error) {
 	if first < ledgerStart || first >= info.Size() {
 		return nil, errors.New("read the ledger: it was given up or never begun")
 	}
-	var in inheritance
+	in := inheritance{images: make(map[string]*image)}
 	nodes, open := map[uint64]*ordered[nodeNote]{}, map[uint64]*ordered[openNote]{}
 	lines := bufio.NewReader(io.NewSectionReader(f, first, info.Size()-first))
 	for i := 0; ; i++ {
@@ -239,6 +244,10 @@ func readLedger(f *os.File) (*inheritance, error) {
 			open[n.Open.Fh] = &ordered[openNote]{i, n.Open}
 		case n.Close != 0:
 			delete(open, n.Close)
+		case n.Group != nil:
+			if err := in.keep(n.Group); err != nil {
+				return nil, fmt.Errorf("read the ledger: note %d: %w", i, err)
+			}
 		}
 	}
 	if in.mount.Version != ledgerVersion {
@@ -246,6 +255,17 @@ func readLedger(f *os.File) (*inheritance, error) {
 	}
 	in.nodes, in.open = inOrder(nodes), inOrder(open)
 	return &in, nil
+}
+
+func (in *inheritance) keep(list []imageNote) error {
+	for i := range list {
+		m, err := list[i].image()
+		if err != nil {
+			return err
+		}
+		in.images[m.path] = m
+	}
+	return nil
 }
 
 type ordered[T any] struct {
@@ -270,7 +290,7 @@ func noteOfNode(n *node) note {
 	r := &nodeNote{ID: n.id, Path: []byte(n.path), Kind: n.kind, Dev: n.ver.dev, Ino: n.ver.ino,
 		SourceSize: n.ver.size, Mtime: n.ver.mtime, Ctime: n.ver.ctime,
 		Mode: n.mode, UID: n.uid, GID: n.gid, Nlink: n.nlink, Target: []byte(n.target), Size: n.size.Load(),
-		Exact: n.exact.Load(), Settled: n.settled.Load(), Rewritten: n.rewritten, Retired: n.retired.Load()}
+		Exact: n.exact.Load(), Settled: n.settled.Load(), Rewritten: n.rewritten, Retired: n.retired.Load(), Unlinked: n.unlinked.Load(), Untold: n.untold.Load()}
 	if d := n.digest.Load(); d != nil {
 		r.Digest = d.sum[:]
 	}
@@ -285,6 +305,8 @@ func (r *nodeNote) node() *node {
 	n.exact.Store(r.Exact)
 	n.settled.Store(r.Settled)
 	n.retired.Store(r.Retired)
+	n.unlinked.Store(r.Unlinked)
+	n.untold.Store(r.Untold)
 	n.pages.Store(r.Kind == sealedFile)
 	if len(r.Digest) == len(digest{}.sum) {
 		n.digest.Store(digestFrom([32]byte(r.Digest)))

@@ -39,12 +39,19 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 	}
 	watched := f.watch.add(dir.path)
 	p := path.Join(dir.path, name)
+	step, temp := f.herald.asked(p, in.Pid)
+	switch {
+	case step != nil && !(temp && step.do == moveRename):
+		return f.lookupOld(step, out)
+	case step != nil:
+		p = step.path
+	}
 	if known := f.table.hold(p); known != nil {
 		defer f.unref(known.id, 1)
 	}
 	found, err := f.find(p, true)
 	if err != nil {
-		return f.lookupFailed(dir, name, err)
+		return f.lookupFailed(dir, path.Base(p), err)
 	}
 	n, before := f.table.adopt(found)
 	f.shortenLedger()
@@ -63,7 +70,7 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 	}
 	out.NodeId, out.Generation = n.id, 0
 	out.EntryValid = timeout
-	if n.pin.held() || n.rewritten {
+	if n.pin.held() || n.rewritten || f.herald.announcing(p) {
 		out.EntryValid = 0
 	}
 	valid, errno := f.attr(n, -1, timeout, &out.Attr)
@@ -72,6 +79,9 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 		return fuse.Status(errno)
 	}
 	out.AttrValid = valid
+	if step != nil {
+		step.fresh.Store(true)
+	}
 	return fuse.OK
 }
 
@@ -144,9 +154,9 @@ func (f *tree) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut)
 // attr fills a and returns for how many seconds it holds, timeout at most. fd is an open
 // descriptor of a plain file, or -1.
 func (f *tree) attr(n *node, fd int, timeout uint64, a *fuse.Attr) (valid uint64, errno syscall.Errno) {
-	ver, mode, uid, gid, nlink := n.ver, n.mode, n.uid, n.gid, uint32(1)
-	size := n.size.Load()
-	if n.kind == directory || n.kind == plainFile {
+	ver, mode, uid, gid, size := n.ver, n.mode, n.uid, n.gid, n.size.Load()
+	nlink := uint32(1)
+	if n.kind == directory || n.kind == plainFile && n.image == nil {
 		var st unix.Stat_t
 		var err error
 		if fd >= 0 {
@@ -172,14 +182,22 @@ func (f *tree) attr(n *node, fd int, timeout uint64, a *fuse.Attr) (valid uint64
 		rule := n.rule(f.policy.Load())
 		mode, uid, gid = override(rule, mode, uid, gid)
 	}
-	*a = fuse.Attr{
+	if n.unlinked.Load() {
+		nlink = 0
+	}
+	*a = attrOf(ver, mode, uid, gid, nlink, size)
+	return timeout, 0
+}
+
+func attrOf(ver version, mode, uid, gid, nlink uint32, size int64) fuse.Attr {
+	a := fuse.Attr{
 		Ino: ver.ino, Size: uint64(size), Blocks: uint64(size+511) / 512, Blksize: 4096,
 		Mode: mode, Nlink: nlink, Owner: fuse.Owner{Uid: uid, Gid: gid},
 		Mtime: uint64(ver.mtime / 1e9), Mtimensec: uint32(ver.mtime % 1e9),
 		Ctime: uint64(ver.ctime / 1e9), Ctimensec: uint32(ver.ctime % 1e9),
 	}
 	a.Atime, a.Atimensec = a.Mtime, a.Mtimensec
-	return timeout, 0
+	return a
 }
 
 // statOpen describes a plain file whose path has moved on by a descriptor that
@@ -224,8 +242,12 @@ func (f *tree) Readlink(_ <-chan struct{}, in *fuse.InHeader) ([]byte, fuse.Stat
 
 // find returns the node for p: the one its path has when that still stands for
 // what is there, else a new one without an id, pinned if that is wanted and the
-// file has just changed. What is not shown does not exist.
+// file has just changed. What is not shown does not exist. A member of a group is
+// what the group shows of it.
 func (f *tree) find(p string, pinned bool) (*node, error) {
+	if m := f.groups.shows(p); m != nil {
+		return f.findImage(m)
+	}
 	now := time.Now() // before the stat, see settledAt
 	var st unix.Stat_t
 	fd, err := f.src.look(p, &st)
@@ -255,6 +277,18 @@ func (f *tree) find(p string, pinned bool) (*node, error) {
 		return nil, syscall.ENOENT
 	}
 	if cur := f.table.at(p); cur != nil && cur.standsFor(n) {
+		return cur, nil
+	}
+	return n, nil
+}
+
+// findImage is find for a member of a group.
+func (f *tree) findImage(m *image) (*node, error) {
+	if !f.isShown(m) {
+		return nil, syscall.ENOENT
+	}
+	n := m.node()
+	if cur := f.table.at(m.path); cur != nil && cur.standsFor(n) {
 		return cur, nil
 	}
 	return n, nil
@@ -383,9 +417,10 @@ func (f *tree) unpin(n *node) { n.pin.drop() }
 
 // A header is what the head of a regular file says.
 type header struct {
-	sealed bool
-	exact  bool  // size is the plaintext's, not an upper bound
-	size   int64 // of the plaintext
+	sealed  bool
+	damaged bool  // sealed, but not whole
+	exact   bool  // size is the plaintext's, not an upper bound
+	size    int64 // of the plaintext
 }
 
 // headers remembers what was read, so that a stat reads a file once.
@@ -435,7 +470,7 @@ func (f *tree) header(n *node, now time.Time, wanted bool) (header, int, error) 
 	}
 	n.ver, n.mode, n.uid, n.gid = versionOf(&st), st.Mode, st.Uid, st.Gid
 	n.size.Store(st.Size)
-	hd, err := parseHeader(fd, st.Size)
+	hd, err := parseHeader(preader(fd), st.Size)
 	if err != nil {
 		_ = unix.Close(fd)
 		return header{}, -1, err
@@ -448,15 +483,15 @@ func (f *tree) header(n *node, now time.Time, wanted bool) (header, int, error) 
 
 // parseHeader reads the head of a file of size bytes. A sealed file that
 // cannot be whole is shown, with the size it has, and does not open.
-func parseHeader(fd int, size int64) (header, error) {
-	file, err := sealed.Parse(preader(fd), size)
+func parseHeader(r io.ReaderAt, size int64) (header, error) {
+	file, err := sealed.Parse(r, size)
 	switch {
 	case err == nil:
 		return header{sealed: true, size: file.Size, exact: file.Kind != sealed.Blob}, nil
 	case errors.Is(err, sealed.ErrNotSealed):
 		return header{size: size, exact: true}, nil
 	case errors.Is(err, sealed.ErrTampered), errors.Is(err, sealed.ErrTooLarge):
-		return header{sealed: true, size: size, exact: true}, nil
+		return header{sealed: true, damaged: errors.Is(err, sealed.ErrTampered), size: size, exact: true}, nil
 	}
 	return header{}, err
 }

@@ -14,9 +14,6 @@ import (
 // ErrMounted reports that a live kmsfs mount is at the mountpoint already.
 var ErrMounted = errors.New("a kmsfs mount is there already")
 
-// maxRead is the largest READ we ask the kernel to send.
-const maxRead = 128 << 10
-
 // probeTimeout is how long a mount found at the mountpoint may take to answer
 // before it counts as alive but stuck.
 const probeTimeout = 2 * time.Second

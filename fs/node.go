@@ -70,6 +70,7 @@ type node struct {
 	gid    uint32
 	nlink  uint32
 	target string // of a link
+	image  *image // of a member of a group; nil: what the path leads to is read
 
 	size     atomic.Int64 // of the plaintext, or the upper bound while not exact
 	exact    atomic.Bool
@@ -77,6 +78,9 @@ type node struct {
 	scrubbed chan struct{} // gets a value when pages were overwritten
 	handles  atomic.Int64
 	retired  atomic.Bool // the path has another node
+	unlinked atomic.Bool // and no name leads the kernel to this one
+	untold   atomic.Bool // it has replaced another, and who watches that has not been told
+	told     atomic.Bool // who watches its name has been told that this is there now
 
 	rewritten bool // is no sealed file now, but was a moment ago: somebody writes over it
 	inherited bool // the kernel knows it from a predecessor, who knows how often; guarded by table.mu
@@ -100,6 +104,9 @@ type matched struct {
 func (o *node) standsFor(n *node) bool {
 	if o.path != n.path || o.kind != n.kind || o.retired.Load() {
 		return false
+	}
+	if o.image != nil || n.image != nil {
+		return o.image == n.image
 	}
 	if n.kind == directory || n.kind == plainFile {
 		return o.ver.sameInode(n.ver)
@@ -233,31 +240,65 @@ func (t *table) adopt(n *node) (now, before *node) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if n.id == 0 {
-		for salt := uint64(0); ; salt++ {
-			n.id = nodeID(n, salt)
-			known := t.nodes[n.id]
-			if known == nil {
-				break
-			}
-			if known.standsFor(n) {
-				n = known // two lookups at once
-				break
-			}
-		}
+		n = t.name(n)
 	}
 	before = t.current[n.path]
 	delete(t.last, n.path)
 	t.nodes[n.id], t.current[n.path] = n, n
 	n.lookups++
 	n.retired.Store(false)
+	n.unlinked.Store(false)
 	if before == n {
 		return n, nil
 	}
-	t.ledger.write(noteOfNode(n))
 	if before != nil {
+		n.untold.Store(true)
 		before.retired.Store(true)
 	}
+	t.ledger.write(noteOfNode(n))
 	return n, before
+}
+
+// name gives n an id, unless there is a node already that stands for the same.
+func (t *table) name(n *node) *node {
+	for salt := uint64(0); ; salt++ {
+		n.id = nodeID(n, salt)
+		known := t.nodes[n.id]
+		if known == nil {
+			return n
+		}
+		if known.standsFor(n) {
+			return known // two lookups at once
+		}
+	}
+}
+
+// again counts one lookup of a node that is not what its path leads to. It reports
+// false when the kernel has forgotten it.
+func (t *table) again(n *node) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n.id == 0 {
+		t.nodes[t.name(n).id] = n
+		t.ledger.write(noteOfNode(n))
+	} else if t.nodes[n.id] != n {
+		return false
+	}
+	n.lookups++
+	return true
+}
+
+// superseded returns, of the given paths, the nodes that they have led to and do not any
+// more, and under whose names the kernel may still know them.
+func (t *table) superseded(paths map[string]news) map[string][]*node {
+	found := make(map[string][]*node)
+	for _, n := range t.all(func(n *node) bool {
+		_, wanted := paths[n.path]
+		return wanted && n.retired.Load() && !n.unlinked.Load() && (n.lookups > 0 || n.inherited)
+	}) {
+		found[n.path] = append(found[n.path], n)
+	}
+	return found
 }
 
 // forget takes back count lookups. It returns the node when the kernel does not
@@ -368,7 +409,7 @@ func (t *table) all(pick func(*node) bool) []*node {
 // this process finds the same. For a directory that is the inode alone.
 func nodeID(n *node, salt uint64) uint64 {
 	v := n.ver
-	if n.kind == directory || n.kind == plainFile {
+	if n.kind == directory || n.kind == plainFile && n.image == nil {
 		v = version{dev: v.dev, ino: v.ino}
 	}
 	b := make([]byte, 0, 64+len(n.path))

@@ -94,10 +94,15 @@ func (a *attempt) openSealed(rule *matched) (*handle, error) {
 		}
 		return nil, errDenied
 	}
-	if !f.isCurrent(n) {
-		return nil, errStale
+	leave, err := a.admit()
+	if err != nil {
+		if errors.Is(err, errStale) {
+			f.retire(n)
+		}
+		return nil, err
 	}
 	p, err := a.decrypt(rule, "allowed")
+	leave(err == nil)
 	if err != nil {
 		return nil, err
 	}
@@ -133,7 +138,15 @@ func (a *attempt) openPlain() (*handle, error) {
 	if !a.decision.Allow && a.decision.Rule != "default" {
 		return nil, errDenied
 	}
+	leave, err := a.admit()
+	if err != nil {
+		if errors.Is(err, errStale) {
+			f.retire(n)
+		}
+		return nil, err
+	}
 	fd, err := f.openSame(n)
+	leave(err == nil)
 	if err != nil {
 		return nil, err
 	}
@@ -141,8 +154,13 @@ func (a *attempt) openPlain() (*handle, error) {
 	return &handle{node: n, fd: fd, who: a.caller, since: a.begun}, nil
 }
 
-// openSame opens the plain file that n stands for.
+// openSame opens the plain file that n stands for, and returns no descriptor, -1, when
+// there is a copy of it.
 func (f *tree) openSame(n *node) (int, error) {
+	if n.image != nil {
+		_, err := n.image.content(0)
+		return -1, err
+	}
 	fd, err := f.src.open(n.path, unix.O_RDONLY)
 	if err != nil {
 		return -1, fmt.Errorf("open %s: %w", n.path, err)
@@ -169,7 +187,7 @@ func (f *tree) stillPlain(fd int, st *unix.Stat_t) error {
 	hd, ok := f.headers.get(v)
 	if !ok {
 		var err error
-		if hd, err = parseHeader(fd, st.Size); err != nil {
+		if hd, err = parseHeader(preader(fd), st.Size); err != nil {
 			return err
 		}
 		if v.settledAt(now) {
@@ -212,6 +230,9 @@ func (f *tree) load(ctx context.Context, n *node, rule *matched) (*secmem.Buffer
 // readSealed reads the sealed file n stands for whole, so that a writer cannot come
 // between header and payload.
 func (f *tree) readSealed(n *node) ([]byte, error) {
+	if n.image != nil {
+		return n.image.content(f.o.Opener.MaxFile)
+	}
 	fd, pinned := n.pin.dup()
 	if !pinned {
 		var err error
@@ -415,6 +436,10 @@ func (f *tree) Read(cancel <-chan struct{}, in *fuse.ReadIn, dest []byte) (fuse.
 		return nil, fuse.EBADF
 	}
 	plaintext, fd := h.plaintext, h.fd
+	if m := h.node.image; m != nil && h.node.kind == plainFile {
+		from := min(int64(in.Offset), int64(len(m.bytes)))
+		return fuse.ReadResultData(m.bytes[from:min(from+int64(in.Size), int64(len(m.bytes)))]), fuse.OK
+	}
 	if h.late != nil {
 		var no syscall.Errno
 		if plaintext, fd, no = f.resume(cancel, in, h); no != 0 {
@@ -492,10 +517,10 @@ func (f *tree) closeHandle(h *handle) {
 	left := h.node.handles.Add(-1)
 	if h.late != nil {
 		f.closeLate(h, left == 0)
-	} else if h.plaintext == nil {
-		_ = unix.Close(h.fd)
-	} else {
+	} else if h.plaintext != nil {
 		h.plaintext.Close()
+	} else if h.fd >= 0 {
+		_ = unix.Close(h.fd)
 	}
 	if left == 0 && h.node.retired.Load() {
 		f.store.Drop(h.node.id)

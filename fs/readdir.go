@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"path"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -67,7 +68,7 @@ func (f *tree) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fu
 		return fuse.Status(syscall.ENOKEY)
 	}
 	f.watch.add(n.path)
-	change := f.watch.changes(n.path)
+	change := f.changes(n.path)
 	var st unix.Stat_t
 	if err := f.src.stat(n.path, &st); err != nil || !n.ver.sameInode(versionOf(&st)) {
 		return fuse.Status(syscall.ESTALE)
@@ -144,7 +145,8 @@ func (f *tree) readdirFailed(n *node, err error) syscall.Errno {
 // list reads the names in n that are shown.
 func (f *tree) list(n *node) ([]fuse.DirEntry, error) {
 	now := time.Now()
-	change := f.watch.changes(n.path)
+	change := f.changes(n.path)
+	members := f.groups.within(n.path)
 	fd, err := f.src.open(n.path, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return nil, err
@@ -173,16 +175,36 @@ func (f *tree) list(n *node) ([]fuse.DirEntry, error) {
 			if e.Name == "." || e.Name == ".." || e.Ino == 0 {
 				continue
 			}
-			if mode, ok := f.shown(path.Join(n.path, e.Name), e.Mode); ok {
+			p := path.Join(n.path, e.Name)
+			if among(members, p) {
+				continue
+			}
+			if mode, ok := f.shown(p, e.Mode); ok {
 				e.Mode, e.Off = mode, uint64(len(entries)+1)
 				entries = append(entries, e)
 			}
+		}
+	}
+	for _, m := range members {
+		if f.isShown(m) {
+			entries = append(entries, fuse.DirEntry{Name: path.Base(m.path), Ino: m.ver.ino, Mode: unix.S_IFREG, Off: uint64(len(entries) + 1)})
 		}
 	}
 	v := versionOf(&st)
 	n.listing.set(v, v.settledAt(now), change)
 	return entries, nil
 }
+
+// among reports whether one of the members is at p.
+func among(members []*image, p string) bool {
+	return slices.ContainsFunc(members, func(m *image) bool { return m.path == p })
+}
+
+// isShown reports whether a member of a group is to be seen.
+func (f *tree) isShown(m *image) bool { return m.there && (m.head.sealed || !f.o.SealedOnly) }
+
+// changes counts what may have changed the list of names in p.
+func (f *tree) changes(p string) uint64 { return f.watch.changes(p) + f.groups.generation.Load() }
 
 // shown reports whether p, of the given file type or 0, is visible, and its type.
 func (f *tree) shown(p string, mode uint32) (uint32, bool) {

@@ -6,8 +6,8 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 )
 
-// What would write is refused. The kernel sends none of it on a read-only
-// mount; a bug there must not become one here.
+// What would write is refused. The kernel sends none of it on a read-only mount;
+// root can make that writable, and what is refused here is all that is between.
 
 // SetAttr refuses.
 func (f *tree) SetAttr(<-chan struct{}, *fuse.SetAttrIn, *fuse.AttrOut) fuse.Status {
@@ -24,19 +24,37 @@ func (f *tree) Mkdir(<-chan struct{}, *fuse.MkdirIn, string, *fuse.EntryOut) fus
 	return fuse.EROFS
 }
 
-// Unlink refuses.
-func (f *tree) Unlink(<-chan struct{}, *fuse.InHeader, string) fuse.Status { return fuse.EROFS }
+// Unlink refuses, but when it only tells programs what has happened, see herald.
+func (f *tree) Unlink(_ <-chan struct{}, in *fuse.InHeader, name string) fuse.Status {
+	f.saw(in.Unique)
+	if f.herald.moved(moveUnlink, f.table.get(in.NodeId), name, "", in.Pid) {
+		return fuse.OK
+	}
+	return fuse.EROFS
+}
 
-// Rmdir refuses.
-func (f *tree) Rmdir(<-chan struct{}, *fuse.InHeader, string) fuse.Status { return fuse.EROFS }
+// Rmdir is like Unlink.
+func (f *tree) Rmdir(_ <-chan struct{}, in *fuse.InHeader, name string) fuse.Status {
+	f.saw(in.Unique)
+	if f.herald.moved(moveRmdir, f.table.get(in.NodeId), name, "", in.Pid) {
+		return fuse.OK
+	}
+	return fuse.EROFS
+}
 
 // Symlink refuses.
 func (f *tree) Symlink(<-chan struct{}, *fuse.InHeader, string, string, *fuse.EntryOut) fuse.Status {
 	return fuse.EROFS
 }
 
-// Rename refuses.
-func (f *tree) Rename(<-chan struct{}, *fuse.RenameIn, string, string) fuse.Status { return fuse.EROFS }
+// Rename is like Unlink.
+func (f *tree) Rename(_ <-chan struct{}, in *fuse.RenameIn, from, to string) fuse.Status {
+	f.saw(in.Unique)
+	if in.NodeId == in.Newdir && in.Flags == 0 && f.herald.moved(moveRename, f.table.get(in.NodeId), from, to, in.Pid) {
+		return fuse.OK
+	}
+	return fuse.EROFS
+}
 
 // Link refuses.
 func (f *tree) Link(<-chan struct{}, *fuse.LinkIn, string, *fuse.EntryOut) fuse.Status {

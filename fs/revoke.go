@@ -82,6 +82,7 @@ func (f *tree) revoke(ctx context.Context, wait bool) error {
 // come after that, so replies are stopped and drained first.
 func (f *tree) end() error {
 	defer close(f.done)
+	f.herald.stop()
 	f.watch.close()
 	dropped := f.invalidate(f.drain())
 	invalidated := late(dropped, invalidateTimeout)
@@ -101,6 +102,7 @@ func (f *tree) end() error {
 	if aborted == nil && wiped == nil && invalidated == nil { // else somebody may still use what would be closed
 		f.closeHandles()
 		f.watch.wait()
+		f.herald.ended(goneTimeout)
 		f.free()
 	}
 	return errors.Join(invalidated, wiped, detached, aborted)
@@ -213,9 +215,12 @@ func (f *tree) abort() error {
 		return nil
 	default:
 	}
-	// The last mount may be the twin: then this destroys the file system, and aborts.
-	f.twin.drop()
-	err := f.endConnection()
+	// As long as the twin is there the number of the connection cannot become another's.
+	var err error
+	if !f.dead() {
+		err = f.endConnection()
+	}
+	f.twin.drop() // where that failed, and this was the last mount, it ends the connection
 	select {
 	case <-f.served:
 		return nil

@@ -34,6 +34,12 @@ func (f *FS) Look(p string) (Look, error) {
 }
 
 func (f *tree) lookAt(p string) (Look, error) {
+	if m := f.groups.shows(p); m != nil {
+		if !f.isShown(m) {
+			return Look{}, syscall.ENOENT
+		}
+		return Look{Stamp: stampOf(m.ver)}, nil
+	}
 	var st unix.Stat_t
 	fd, err := f.src.look(p, &st)
 	if err != nil {
@@ -45,18 +51,28 @@ func (f *tree) lookAt(p string) (Look, error) {
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		l := Look{Names: []string{}}
+		members := f.groups.within(p)
 		entries, err := f.entries(p)
 		for _, e := range entries {
-			l.Names = append(l.Names, e.Name)
+			if !among(members, path.Join(p, e.Name)) {
+				l.Names = append(l.Names, e.Name)
+			}
+		}
+		for _, m := range members {
+			if f.isShown(m) {
+				l.Names = append(l.Names, path.Base(m.path))
+			}
 		}
 		return l, err
 	}
 	if _, ok := f.shown(p, st.Mode&unix.S_IFMT); !ok {
 		return Look{}, syscall.ENOENT
 	}
-	// Neither ctime nor owner nor mode: they change without the content.
-	return Look{Stamp: fmt.Sprintf("%d %d %d", st.Ino, st.Size, st.Mtim.Nano())}, nil
+	return Look{Stamp: stampOf(versionOf(&st))}, nil
 }
+
+// stampOf says neither ctime nor owner nor mode: they change without the content.
+func stampOf(v version) string { return fmt.Sprintf("%d %d %d", v.ino, v.size, v.mtime) }
 
 // entries lists what is in the directory p of the source, shown or not.
 func (f *tree) entries(p string) (all []fuse.DirEntry, err error) {

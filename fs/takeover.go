@@ -101,9 +101,14 @@ func (f *tree) recognize(m *mountNote) error {
 		if e.Dev == m.Dev && e.Type == mountType && e.Point == filepath.Clean(f.o.Mountpoint) {
 			f.dev.Store(e.Dev)
 			f.mountID = e.ID
-			if top, ok := topMount(all, e.Point); ok && top.ID == e.ID && !f.outside() {
-				f.equip(cloneMount(e.Point), nil)
+			if f.outside() { // the twin will be brought
+				return nil
 			}
+			var twin *os.File
+			if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {
+				twin = twinFile(cloneMount(unix.AT_FDCWD, e.Point, 0))
+			}
+			f.equip(twin, nil)
 			return nil
 		}
 	}
@@ -120,6 +125,7 @@ func (f *tree) inherit(in *inheritance) {
 		f.table.inherit(n)
 		f.past.inherited = append(f.past.inherited, n)
 	}
+	f.groups.inherit(in.images, f.past.inherited)
 	f.handles.open, f.handles.unsure = make(map[uint64]*handle), make(map[uint64]uint64)
 	for _, r := range in.open {
 		n := f.table.get(r.Node)
@@ -170,6 +176,8 @@ func (f *tree) renewLedger() {
 	defer f.table.mu.RUnlock()
 	f.handles.mu.RLock()
 	defer f.handles.mu.RUnlock()
+	f.groups.mu.Lock()
+	defer f.groups.mu.Unlock()
 	f.ledger.renew(func() (all []note) {
 		for id, n := range f.table.nodes {
 			if id != rootID {
@@ -178,6 +186,9 @@ func (f *tree) renewLedger() {
 		}
 		for fh, h := range f.handles.open {
 			all = append(all, noteOfHandle(fh, h))
+		}
+		for _, g := range f.groups.list {
+			all = append(all, g.note())
 		}
 		return all
 	})
@@ -422,6 +433,8 @@ func (f *tree) closeLate(h *handle, last bool) {
 func (f *FS) Freeze() error {
 	t := f.t
 	t.frozen.Store(true)
+	t.herald.stop() // its poker may need our answers
+	t.herald.ended(drainTimeout)
 	select {
 	case <-t.replies.freeze():
 	case <-time.After(drainTimeout):

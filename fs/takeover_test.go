@@ -34,7 +34,7 @@ type serving struct {
 // serveWorld starts a daemon for w: the first one mounts, a successor of before takes over.
 // flags are "hang", for a key service that never answers, "lost", for a kernel that does
 // not send requests again, "direct", for no page cache, "private", for no allow_other,
-// and "expire", for a TTL of 0.
+// "expire", for a TTL of 0, "poker=" and the path of one, and "group", for a group of two files, with "hasty" one that is not waited for.
 func serveWorld(w *world, before *serving, flags ...string) *serving {
 	w.t.Helper()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -112,15 +112,27 @@ func serve(args []string) int {
 		fmt.Println(err)
 		return 1
 	}
-	keys := &sayingKeys{Backend: localkey.New(arena), hang: slices.Contains(flags, "hang")}
+	backend := &sayingKeys{Backend: localkey.New(arena), hang: slices.Contains(flags, "hang")}
 	o := Options{Tree: "test", Source: dir, Mountpoint: args[1], AllowOther: !slices.Contains(flags, "private"), PageCache: !slices.Contains(flags, "direct"),
 		OpenTimeout: patience, Caller: reader, Plaintext: store.Options{Arena: arena},
-		Opener: &sealed.Opener{Keys: []keyring.Key{{URI: "file:" + args[2], Backend: keys}}, Arena: arena, MaxFile: 4 << 20},
+		Opener: &sealed.Opener{Keys: []keyring.Key{{URI: "file:" + args[2], Backend: backend}}, Arena: arena, MaxFile: 4 << 20},
+		Poker:  "/proc/self/exe",
 		Ledger: os.NewFile(4, "ledger"), fresh: 1, // so that the kernel keeps names from the first moment
 
 		noResend: slices.Contains(flags, "lost")}
 	if !slices.Contains(flags, "expire") {
 		o.Plaintext.TTL = time.Minute
+	}
+	for _, f := range flags {
+		if p, ok := strings.CutPrefix(f, "poker="); ok {
+			o.Poker = p
+		}
+	}
+	if slices.Contains(flags, "group") {
+		o.Groups, o.grace = []Group{{Files: []string{crt, key}, Settle: never}}, never
+		if slices.Contains(flags, "hasty") {
+			o.Groups[0].Settle = 50 * time.Millisecond
+		}
 	}
 	if slices.Contains(flags, "take") {
 		o.Device = os.NewFile(5, "/dev/fuse")

@@ -31,6 +31,8 @@ type watcher struct {
 	byWD map[int32][]*watched
 	full bool // the limit was hit and logged
 
+	made    map[string]bool // names that have appeared, perhaps to be written to; used by read and later
+	buf     []byte          // for events; guarded by groups.seeing
 	running sync.WaitGroup
 	queue   work // of paths to look at
 	changed work // of paths to tell Options.Changed
@@ -50,7 +52,7 @@ const watchMask = unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_CLOSE_WRITE | 
 const recheckAfter = 100 * time.Millisecond
 
 func newWatcher(f *tree) *watcher {
-	w := &watcher{f: f, dirs: make(map[string]*watched), byWD: make(map[int32][]*watched)}
+	w := &watcher{f: f, dirs: make(map[string]*watched), byWD: make(map[int32][]*watched), made: make(map[string]bool)}
 	w.queue.init()
 	w.changed.init()
 	if remote(f.src.fd) {
@@ -86,6 +88,9 @@ func (w *watcher) start() {
 	go w.changed.run(w.tell) // may take its time, and uses nothing of ours
 	if w.in != nil {
 		w.running.Go(w.read)
+	}
+	if len(w.f.groups.list) > 0 {
+		w.running.Go(w.f.groups.run)
 	}
 }
 
@@ -127,7 +132,11 @@ func (w *watcher) add(p string) bool {
 	if _, ok := w.dirs[p]; ok {
 		return true
 	}
-	wd, err := w.inotifyAdd(fd)
+	mask := uint32(watchMask)
+	if slices.Contains(w.f.groups.dirs, p) {
+		mask |= unix.IN_MODIFY
+	}
+	wd, err := w.inotifyAdd(fd, mask)
 	if err != nil {
 		if errors.Is(err, unix.ENOSPC) && !w.full {
 			w.full = true
@@ -141,10 +150,10 @@ func (w *watcher) add(p string) bool {
 	return true
 }
 
-func (w *watcher) inotifyAdd(fd int) (wd int, err error) {
+func (w *watcher) inotifyAdd(fd int, mask uint32) (wd int, err error) {
 	err = os.ErrClosed
 	w.inotify(func(in int) {
-		wd, err = unix.InotifyAddWatch(in, fmt.Sprintf("/proc/self/fd/%d", fd), watchMask)
+		wd, err = unix.InotifyAddWatch(in, fmt.Sprintf("/proc/self/fd/%d", fd), mask)
 	})
 	return wd, err
 }
@@ -185,16 +194,51 @@ func (w *watcher) unwatch(p string) {
 	}
 }
 
-// read turns events into work until the descriptor is closed.
+// read handles events until the descriptor is closed.
 func (w *watcher) read() {
-	buf := make([]byte, 64<<10)
+	conn, err := w.in.SyscallConn()
+	if err != nil {
+		return
+	}
+	for conn.Read(readable) == nil {
+		w.drain()
+	}
+}
+
+func readable(fd uintptr) bool {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	return n > 0 || err != nil && err != unix.EINTR
+}
+
+// drain handles all events there are.
+func (w *watcher) drain() {
+	s := w.f.groups
+	s.seeing.Lock()
+	defer s.seeing.Unlock()
+	w.take()
+	s.considerTouched()
+}
+
+// take turns all events there are into work, and tells the groups. It is called
+// with groups.seeing held.
+func (w *watcher) take() {
+	if w.in == nil {
+		return
+	}
+	if w.buf == nil {
+		w.buf = make([]byte, 64<<10)
+	}
+	var paths []string
 	for {
-		n, err := w.in.Read(buf)
-		if err != nil {
-			return
+		n, err := 0, error(nil)
+		w.inotify(func(fd int) { n, err = unix.Read(fd, w.buf) })
+		if err == unix.EINTR {
+			continue
 		}
-		var paths []string
-		for b := buf[:n]; len(b) >= unix.SizeofInotifyEvent; {
+		if err != nil || n <= 0 {
+			break
+		}
+		for b := w.buf[:n]; len(b) >= unix.SizeofInotifyEvent; {
 			wd := int32(binary.NativeEndian.Uint32(b))
 			mask := binary.NativeEndian.Uint32(b[4:])
 			length := binary.NativeEndian.Uint32(b[12:])
@@ -202,23 +246,36 @@ func (w *watcher) read() {
 			b = b[unix.SizeofInotifyEvent+length:]
 			paths = append(paths, w.event(wd, mask, name)...)
 		}
-		if len(paths) > 0 && !w.blind.Load() {
-			w.queue.add(paths...)
-			time.AfterFunc(recheckAfter, func() { w.queue.add(paths...) })
-		}
 	}
+	if len(paths) > 0 && !w.blind.Load() {
+		w.lookAgain(paths)
+	}
+}
+
+// lookAgain looks at paths soon, and once more for lookups that are being answered.
+func (w *watcher) lookAgain(paths []string) {
+	w.queue.add(paths...)
+	time.AfterFunc(recheckAfter, func() { w.queue.add(paths...) })
 }
 
 // event returns the paths to look at after one event. A directory whose list of
 // names or attributes have changed is one of them.
 func (w *watcher) event(wd int32, mask uint32, name string) (paths []string) {
+	groups := w.f.groups
 	if mask&unix.IN_Q_OVERFLOW != 0 {
+		groups.missed("")
 		return w.everything()
 	}
 	w.mu.RLock()
 	dirs := w.byWD[wd]
 	w.mu.RUnlock()
 	for _, d := range dirs {
+		if !w.blind.Load() {
+			groups.event(path.Join(d.path, name), mask)
+		}
+		if mask&unix.IN_MODIFY != 0 {
+			continue
+		}
 		d.changes.Add(1)
 		paths = append(paths, d.path)
 		switch {
@@ -238,7 +295,10 @@ func (w *watcher) event(wd int32, mask uint32, name string) (paths []string) {
 				}
 			}
 			paths = append(paths, p)
-			if mask&unix.IN_ATTRIB == 0 {
+			if !groups.isMember(p) {
+				w.report(p, mask)
+			}
+			if mask&unix.IN_ATTRIB == 0 && !groups.isMember(p) { // of those, when they are switched
 				w.changed.add(p)
 			}
 		}
@@ -249,6 +309,43 @@ func (w *watcher) event(wd int32, mask uint32, name string) (paths []string) {
 		w.mu.Unlock()
 	}
 	return paths
+}
+
+// linkedAfter is when a name that has appeared was not made to be written to: nobody has
+// closed it. It is a link then, to a file that was there under another name or none.
+const linkedAfter = time.Second
+
+// report tells the herald of what watchers of the mount should hear of.
+func (w *watcher) report(p string, mask uint32) {
+	x := news{dir: mask&unix.IN_ISDIR != 0, certain: true}
+	var st unix.Stat_t
+	toWrite := mask&unix.IN_CREATE != 0 && w.f.src.stat(p, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case toWrite:
+		x.born, x.certain = true, false
+		w.made[p] = true
+		time.AfterFunc(linkedAfter, func() { w.reportLink(p) })
+	case mask&(unix.IN_CREATE|unix.IN_MOVED_TO) != 0:
+		x.born = true
+		delete(w.made, p)
+	case mask&(unix.IN_CLOSE_WRITE|unix.IN_DELETE|unix.IN_MOVED_FROM) != 0:
+		delete(w.made, p)
+	default:
+		return
+	}
+	w.f.herald.tell(p, x)
+}
+
+func (w *watcher) reportLink(p string) {
+	w.mu.Lock()
+	linked := w.made[p]
+	delete(w.made, p)
+	w.mu.Unlock()
+	if linked {
+		w.f.herald.tell(p, news{certain: true})
+	}
 }
 
 // everything is what to look at when events were lost.
@@ -264,6 +361,13 @@ func (w *watcher) everything() (paths []string) {
 	}
 	for _, n := range w.f.table.all(func(*node) bool { return true }) {
 		paths = append(paths, n.path)
+		if n.id != rootID {
+			x := news{}
+			if !n.retired.Load() {
+				x.was = n
+			}
+			w.f.herald.tell(n.path, x)
+		}
 	}
 	return paths
 }
@@ -285,6 +389,9 @@ func (w *watcher) look(p string) {
 			return
 		case err != nil || now != n:
 			f.retire(n)
+			if f.herald.off.Load() {
+				f.notifyDeleted(p, n)
+			}
 			f.notifyEntry(p)
 			return
 		}

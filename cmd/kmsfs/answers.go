@@ -38,6 +38,9 @@ func (d *served) Status() control.Status {
 		s.Metrics = d.scraped.Addr().String()
 	}
 	s.Reload, s.OnChange = d.reloaded(), d.changeStatus()
+	for _, g := range d.fs.Groups() {
+		s.Groups = append(s.Groups, control.Group(g))
+	}
 	s.Opens, s.Audit = d.tally.counts(), d.auditStatus()
 	s.KeyOperations, s.LatencyBounds = d.keyOperations(), keyring.Buckets()
 	return s

@@ -259,3 +259,53 @@ func TestSandboxDiscarded(t *testing.T) {
 		t.Errorf("left: %+v, %v", m, err)
 	}
 }
+
+// TestSandboxWatchers: who watches files is told of changes, by a daemon that was brought
+// what it takes, and by its successor.
+func TestSandboxWatchers(t *testing.T) {
+	b := newSandbox(t)
+	text, err := os.ReadFile(b.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mnt, plain := t.TempDir(), filepath.Join(b.dir, "plain")
+	b.configure(t, "mountpoint = %q\n%s", mnt, text)
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	for i := range 2 {
+		b.up()
+		if _, err := readRaw(filepath.Join(mnt, "d", "0"), make([]byte, 1<<16)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unix.InotifyAddWatch(fd, filepath.Join(mnt, "d"), unix.IN_MOVED_TO); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(plain, fmt.Append(nil, "new ", i), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if code := run([]string{"kmsfs", "seal", "-c", b.config, "--as", "d/0", "-o", filepath.Join(b.tree, "d", "0"), "--force", plain}); code != exitOK {
+			t.Fatalf("seal: exit code %d", code)
+		}
+		buf := make([]byte, 4096)
+		for end, told := time.Now().Add(patience), false; !told; time.Sleep(5 * time.Millisecond) {
+			if n, err := unix.Read(fd, buf); err == nil {
+				told = strings.Contains(string(buf[:n]), "0\x00")
+			}
+			if time.Now().After(end) {
+				t.Fatalf("round %d: who watches the directory was never told", i)
+			}
+		}
+		b.kill()
+	}
+	b.up()
+	if err := b.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	b.end(exitOK)
+	if said, code := b.command("detach"); code != exitOK {
+		t.Errorf("detach: exit code %d, %s", code, said)
+	}
+}

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"kmsfs/fs"
 	"kmsfs/hsm"
 )
 
@@ -25,6 +26,9 @@ func main() { os.Exit(run(os.Args)) }
 func run(args []string) int {
 	if len(args) > 1 && args[1] == hsm.WorkerVerb {
 		return hsm.WorkerMain()
+	}
+	if len(args) > 1 && args[1] == fs.PokerVerb {
+		return fs.PokerMain()
 	}
 	u := &ui{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, args: args}
 	if filepath.Base(args[0]) == "mount.fuse.kmsfs" {

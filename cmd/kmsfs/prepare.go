@@ -19,9 +19,6 @@ import (
 // prepare makes the cheap refusals, and everything that needs no key service.
 func (d *served) prepare() error {
 	var err error
-	if err := checkImplemented(d.cfg); err != nil {
-		return err
-	}
 	if d.policy, err = compilePolicy(d.cfg); err != nil {
 		return err
 	}
@@ -60,14 +57,6 @@ func (d *served) prepare() error {
 	d.changes = d.newChanges()
 	d.holdHibernation()
 	return d.openMetrics()
-}
-
-// checkImplemented refuses what a configuration may say but this version does not do.
-func checkImplemented(cfg *config.Config) error {
-	if len(cfg.Groups) > 0 {
-		return cfg.Problem("group.0", errors.New("[[group]] is not implemented in this version"), "leave it out; each file is switched by itself")
-	}
-	return nil
 }
 
 // lockTree waits for a predecessor whose mount we have been handed: it is dying.

@@ -21,9 +21,9 @@ func (u *ui) reloadCommand() *cli.Command {
 		Usage:     "let a mount read its configuration again",
 		ArgsUsage: "NAME|MOUNTPOINT",
 		Description: "Rules, default and [on_change] take effect at once, for the next open and for the owners and modes that are\n" +
-			"shown; what is open stays open. Settings that need a restart are named. A configuration with an error changes\n" +
-			"nothing: it is shown, the one before stays in force, and the exit code is 11. SIGHUP does the same, and tells\n" +
-			"the log.",
+			"shown; what is open stays open. Settings that need a restart are named. Every [[group]] shows what is on disk,\n" +
+			"whatever it waits for. A configuration with an error changes nothing: it is shown, the one before stays in\n" +
+			"force, and the exit code is 11. SIGHUP does the same, and tells the log.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "the mount is that of this `FILE`", TakesFile: true},
 		},
@@ -141,9 +141,6 @@ func (d *served) readAgain() (*config.Config, *policy.Policy, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := checkImplemented(next); err != nil {
-		return nil, nil, err
-	}
 	rules, err := compilePolicy(next)
 	return next, rules, err
 }
@@ -158,6 +155,7 @@ func (d *served) apply(next *config.Config, rules *policy.Policy) {
 	}
 	d.fs.SetPolicy(rules)
 	d.changes.SetCommand(d.watchChanges(next.OnChange.Run))
+	d.fs.SwitchGroups()
 }
 
 // setReload remembers the outcome for status.

@@ -84,7 +84,9 @@ func (d *served) mount(ctx context.Context) error {
 		AllowOther: d.cfg.AllowOther, PageCache: p.PageCache, SealedOnly: d.cfg.SealedOnly, OpenTimeout: d.cfg.OpenTimeout,
 		Opener:    &sealed.Opener{Keys: d.ring.keys, Arena: d.arena, MaxFile: p.MaxFile},
 		Plaintext: store.Options{Arena: d.arena, TTL: p.TTL, StaleOK: p.StaleOK},
+		Groups:    groupsOf(d.cfg),
 		Policy:    d.policy, Caller: d.caller, Audit: &d.tally, Log: d.log,
+		Poker:   "/proc/self/exe", // still this program when the file has been replaced
 		Changed: d.changes.Changed,
 	}
 	if d.outside {
@@ -109,12 +111,22 @@ func (d *served) mount(ctx context.Context) error {
 	return nil
 }
 
+// groupsOf hands the groups of a configuration to package fs.
+func groupsOf(cfg *config.Config) (groups []fs.Group) {
+	for _, g := range cfg.Groups {
+		groups = append(groups, fs.Group(g))
+	}
+	return groups
+}
+
 func mountError(err error) error {
 	switch passed := (*exitError)(nil); {
 	case errors.As(err, &passed):
 		return err
 	case errors.Is(err, fs.ErrMounted):
 		return fmt.Errorf("%w: %w", errMounted, err)
+	case errors.Is(err, fs.ErrGroup):
+		return withHint(fmt.Errorf("%w: %w", errMountFailed, err), "name regular files in [[group]], or files that are still to come; links and directories cannot be held")
 	case errors.Is(err, os.ErrPermission):
 		return withHint(fmt.Errorf("%w: %w", errMountFailed, err), "mount as root; an ordinary user needs fusermount3, and user_allow_other in /etc/fuse.conf for allow_other")
 	case errors.Is(err, syscall.ENODEV), errors.Is(err, os.ErrNotExist):

@@ -174,6 +174,9 @@ func printStatus(w io.Writer, s *control.Status, now time.Time) {
 	if text := auditState(s.Audit); text != "" {
 		line("audit", "%s", text)
 	}
+	for _, g := range s.Groups {
+		line("group", "%s", oneLine(groupState(g, now)))
+	}
 	if s.OnChange != nil {
 		line("on_change", "%s", oneLine(changeState(s.OnChange, now)))
 	}
@@ -258,6 +261,27 @@ func openCount(o control.Opens) string {
 		text += " from memory"
 	}
 	return text
+}
+
+// groupState says what a group waits for.
+func groupState(g control.Group, now time.Time) string {
+	text := strings.Join(g.Files, ", ")
+	switch {
+	case g.Due:
+		text += ": switches as soon as programs have opened the rest of it"
+	case g.Waiting:
+		text += ": waits for " + strings.Join(g.For, ", ") + ", switches at " + clock(g.Until, now) + " at the latest"
+	}
+	return text
+}
+
+// clock writes a time to come, with its day unless that is today.
+func clock(t, now time.Time) string {
+	t = t.Local()
+	if t.Format(time.DateOnly) == now.Local().Format(time.DateOnly) {
+		return t.Format(time.TimeOnly)
+	}
+	return t.Format(time.DateTime)
 }
 
 // changeState says how the command of [on_change] does.

@@ -48,6 +48,7 @@ func (d *document) check(t *text) (*Config, error) {
 	for i, g := range d.Groups {
 		cfg.Groups = append(cfg.Groups, c.group(fmt.Sprintf("group.%d", i), i+1, g))
 	}
+	c.groups(cfg.Groups)
 	c.onChange(d.OnChange, &cfg.OnChange)
 	c.audit(d.Audit, &cfg.Audit)
 	c.metrics(d.Metrics, &cfg.Metrics)
@@ -346,8 +347,27 @@ func (c *checker) group(at string, number int, d groupTable) Group {
 		if f == "" || strings.HasPrefix(f, "/") || path.Clean(f) != f || below("..", f) {
 			c.bad(fmt.Sprintf("%s.files.%d", at, i), "paths start below the source, without / in front", "group %d: %q is not a path below the source", number, f)
 		}
+		if slices.Contains(d.Files[:i], f) {
+			c.bad(fmt.Sprintf("%s.files.%d", at, i), "name each file once", "group %d has %q twice", number, f)
+		}
 	}
-	return Group(d)
+	g := Group{Files: d.Files, Settle: DefaultSettle}
+	c.durationOf(at+".settle", fmt.Sprintf("group %d", number), d.Settle, &g.Settle)
+	return g
+}
+
+// groups refuses a file that two of them would switch.
+func (c *checker) groups(all []Group) {
+	first := make(map[string]int)
+	for i, g := range all {
+		for j, f := range g.Files {
+			if at, ok := first[f]; ok && at != i {
+				c.bad(fmt.Sprintf("group.%d.files.%d", i, j), "put all that belongs together into one group", "group %d: %q is in group %d already", i+1, f, at+1)
+			} else {
+				first[f] = i
+			}
+		}
+	}
 }
 
 func (c *checker) onChange(d onChangeTable, o *OnChange) {
@@ -416,13 +436,16 @@ func journald() bool {
 	return err == nil
 }
 
-func (c *checker) duration(key, value string, to *time.Duration) {
+func (c *checker) duration(key, value string, to *time.Duration) { c.durationOf(key, key, value, to) }
+
+// durationOf is duration for a key that people know by another name.
+func (c *checker) durationOf(key, name, value string, to *time.Duration) {
 	if value == "" {
 		return
 	}
 	d, err := time.ParseDuration(value)
 	if err != nil || d < 0 {
-		c.bad(key, `write a number with its unit: "30s", "5m", "1h30m"; "0s" is none`, "%s: %q is not a duration", key, value)
+		c.bad(key, `write a number with its unit: "30s", "5m", "1h30m"; "0s" is none`, "%s: %q is not a duration", name, value)
 		return
 	}
 	*to = d

@@ -68,7 +68,10 @@ type Rule struct {
 }
 
 // Group is one [[group]] table: files that are switched together.
-type Group struct{ Files []string }
+type Group struct {
+	Files  []string
+	Settle time.Duration // how long to wait for those that were not replaced
+}
 
 // OnChange is the [on_change] table.
 type OnChange struct{ Run []string }
@@ -91,6 +94,7 @@ const (
 	DefaultMaxMemory   = 64 << 20
 	DefaultMaxFile     = 1 << 20
 	DefaultOpenTimeout = 10 * time.Second
+	DefaultSettle      = 10 * time.Second
 	DefaultRateLimit   = 250 // requests a second; the quota of an account is 300
 	DefaultSessions    = 4
 	DefaultHSMTimeout  = 5 * time.Second

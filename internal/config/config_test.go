@@ -118,6 +118,7 @@ context = { app = "shop" }
 
 [[group]]
 files = ["tls/site.crt", "tls/site.key"]
+settle = "1m"
 
 [on_change]
 run = ["systemctl", "reload", "shop.service"]
@@ -154,7 +155,7 @@ listen = "[::1]:9464"
 			cfg.PKCS11.Sessions == 2 && cfg.PKCS11.Timeout == 2*time.Second,
 		"rule": r.Path == "tls/*.key" && *r.Owner == uint32(uid) && *r.Group == 12345 && *r.Mode == 0o440 &&
 			r.Allow[0] == "any" && r.Context["app"] == "shop",
-		"group":     len(cfg.Groups[0].Files) == 2,
+		"group":     len(cfg.Groups[0].Files) == 2 && cfg.Groups[0].Settle == time.Minute,
 		"on_change": len(cfg.OnChange.Run) == 3,
 		"audit":     cfg.Audit == Audit{"/var/log/kmsfs/shop.jsonl", false, true},
 	} {

@@ -60,7 +60,8 @@ type ruleTable struct {
 }
 
 type groupTable struct {
-	Files []string `toml:"files"`
+	Files  []string `toml:"files"`
+	Settle string   `toml:"settle"`
 }
 
 type onChangeTable struct {

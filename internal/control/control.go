@@ -34,11 +34,21 @@ type Status struct {
 	Audit      Audit     `json:"audit"`
 	OnChange   *OnChange `json:"on_change,omitempty"`
 	Reload     *Reload   `json:"reload,omitempty"` // the last one; none yet: nil
+	Groups     []Group   `json:"groups,omitempty"`
 
 	KeyOperations []KeyOperations `json:"key_operations"`
 	LatencyBounds []time.Duration `json:"latency_bounds_ns"` // of the buckets of KeyOperations, but the last
 
 	Warnings []string `json:"warnings"`
+}
+
+// A Group is a set of files that are switched together.
+type Group struct {
+	Files   []string  `json:"files"`
+	Waiting bool      `json:"waiting"`        // what is on disk is not what is shown
+	For     []string  `json:"for,omitempty"`  // files that were replaced less often than others
+	Until   time.Time `json:"until,omitzero"` // when it is switched at the latest
+	Due     bool      `json:"due"`            // only programs that have opened a part of it are waited for
 }
 
 // OnChange is how the command does that is run after changes.

@@ -392,6 +392,25 @@ loaded -revoked /mnt/moving/long
 systemctl stop kmsfs@moving
 unloaded
 
+step 'a path unit sees that a sealed file was replaced, also while the daemon is down'
+cat >/etc/systemd/system/watch.service <<END
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'cat /srv/shop/watched >>/run/watched'
+END
+printf '[Path]\nPathChanged=/srv/shop/watched\n' >/etc/systemd/system/watch.path
+rewrite() { printf '%s\n' "$1" >word; kmsfs seal --force --as watched -o /srv/shop/watched -c /etc/kmsfs/shop.toml word; }
+rewrite one
+is "$(cat /srv/shop/watched)" one
+systemctl daemon-reload
+systemctl start watch.path
+rewrite two
+await grep -qx two /run/watched
+kill -9 "$(prop kmsfs@shop MainPID)"
+rewrite three
+await grep -qx three /run/watched
+systemctl stop watch.path
+
 step 'mount(8) and fstab'
 mount -t fuse.kmsfs second /mnt/second
 is "$(cat /mnt/second/file)" 'by fstab'
