@@ -92,6 +92,7 @@ type Options struct {
 	grace    time.Duration // how long a program may take between two files of a group; 0: passGrace
 	fresh    time.Duration // how long a change counts as fresh; 0: freshFor
 	noResend bool          // for tests: as on a kernel that cannot send requests again
+	lookedUp func(string)  // for tests: called with the path of each lookup before it is answered
 }
 
 // An Auditor keeps a record; an error refuses the open.
@@ -192,6 +193,7 @@ type tree struct {
 	headers headers
 	watch   *watcher
 	herald  *herald
+	helpers helpers // processes that do for us what could keep us from dying
 	groups  *groups
 	log     reporter
 	pins    atomic.Int32
@@ -347,9 +349,10 @@ func (f *tree) start() {
 
 // refusePoll makes the kernel ask once whether files can be polled, so that it
 // learns that they cannot. Go's runtime asks for each file it opens, in a way that
-// keeps others from running: a program that reads its own mount could stop for good.
+// keeps others from running: a program that reads its own mount could stop for good. After
+// a takeover the kernel knows.
 func (f *tree) refusePoll() {
-	if f.mountID == 0 {
+	if f.mountID == 0 || f.o.Device != nil {
 		return
 	}
 	at, path := unix.AT_FDCWD, f.o.Mountpoint+"/"+pollHackName

@@ -39,6 +39,9 @@ func (f *tree) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fu
 	}
 	watched := f.watch.add(dir.path)
 	p := path.Join(dir.path, name)
+	if f.o.lookedUp != nil {
+		f.o.lookedUp(p)
+	}
 	step, temp := f.herald.asked(p, in.Pid)
 	switch {
 	case step != nil && !(temp && step.do == moveRename):

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
@@ -43,7 +44,6 @@ type herald struct {
 	mu      sync.Mutex
 	news    map[string]news // by path
 	more    chan struct{}
-	poker   *os.Process // nil: none runs
 	stopped bool
 	end     chan struct{}
 	running chan struct{} // closed when nothing runs
@@ -63,8 +63,6 @@ const (
 	gatherFor = 10 * time.Millisecond
 	// maxRound is how many paths a round has at most.
 	maxRound = 256
-	// pokeTimeout is how long a poker may take.
-	pokeTimeout = 10 * time.Second
 	// pokeTries is how often a name is moved that somebody looks up at the very moment.
 	pokeTries = 5
 )
@@ -113,7 +111,7 @@ func (h *herald) giveUp(err error) {
 	h.f.o.Log.Info("programs that watch directories of the mount are not told of changes", "err", err)
 }
 
-// stop ends the herald soon, and its poker; see ended.
+// stop ends the herald soon, if its poker does not hold it; see ended.
 func (h *herald) stop() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -122,9 +120,6 @@ func (h *herald) stop() {
 	}
 	h.stopped = true
 	close(h.end)
-	if h.poker != nil {
-		_ = h.poker.Kill()
-	}
 }
 
 // ended waits until a stopped herald has ended, but not for ever.
@@ -228,9 +223,7 @@ func (h *herald) announce(all map[string]news) {
 	r := &round{news: all}
 	h.round.Store(r) // from now on the kernel keeps no entry of these
 	defer h.round.Store(nil)
-	for p := range all {
-		h.f.watch.look(p)
-	}
+	h.f.watch.look(slices.Collect(maps.Keys(all)))
 	r = h.plan(r)
 	if len(r.temps)+len(r.names) == 0 {
 		return
@@ -241,9 +234,7 @@ func (h *herald) announce(all map[string]news) {
 		if len(left) == 0 {
 			break
 		}
-		for p := range r.names {
-			h.f.notifyEntry(p)
-		}
+		h.f.forgetEntries(slices.Collect(maps.Keys(r.names)))
 		r.pid.Store(0)
 		h.round.Store(r)
 		err = h.poke(r, left)
@@ -376,24 +367,17 @@ func (h *herald) poke(r *round, moves []move) error {
 	var said bytes.Buffer
 	cmd := &exec.Cmd{Path: h.f.o.Poker, Args: []string{"kmsfs", PokerVerb}, Env: []string{"GOMAXPROCS=1"}, Dir: "/",
 		Stdin: in, Stderr: &said, ExtraFiles: []*os.File{twin}, SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}}
-	if err := h.launch(cmd); err != nil {
-		return err
-	}
-	late := time.AfterFunc(pokeTimeout, func() { _ = cmd.Process.Kill() })
-	defer late.Stop()
-	r.pid.Store(int64(cmd.Process.Pid))
-	_ = in.Close()
-	to := json.NewEncoder(out)
-	for i := range moves {
-		if err := to.Encode(&moves[i]); err != nil { // it has ended, and says why
-			break
+	err = h.f.helpers.run(cmd, func(p *os.Process) {
+		r.pid.Store(int64(p.Pid))
+		_ = in.Close()
+		to := json.NewEncoder(out)
+		for i := range moves {
+			if err := to.Encode(&moves[i]); err != nil { // it has ended, and says why
+				break
+			}
 		}
-	}
-	_ = out.Close()
-	err = cmd.Wait()
-	h.mu.Lock()
-	h.poker = nil
-	h.mu.Unlock()
+		_ = out.Close()
+	})
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() > 0 {
 		return fmt.Errorf("%s: %w", strings.TrimSpace(said.String()), syscall.Errno(exit.ExitCode()))
@@ -401,34 +385,22 @@ func (h *herald) poke(r *round, moves []move) error {
 	return err
 }
 
-// launch starts cmd unless the herald has been stopped, which would kill it.
-func (h *herald) launch(cmd *exec.Cmd) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.stopped {
-		return os.ErrClosed
-	}
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("start %s: %w", cmd.Path, err)
-	}
-	h.poker = cmd.Process
-	return nil
-}
-
 // conclude does what is left after the moves. Where they failed the kernel is at least
 // told by notifications, of which those hear who watch a file itself.
 func (h *herald) conclude(r *round, err error) {
 	f := h.f
+	var gone []deleted
 	for _, s := range r.temps {
 		if s.do == moveLook && s.done.Load() {
-			f.notifyDeleted(s.temp, s.old)
+			gone = append(gone, deleted{s.temp, s.old})
 		}
 	}
 	for _, s := range r.names {
 		if s.old != nil && !s.done.Load() {
-			f.notifyDeleted(s.path, s.old)
+			gone = append(gone, deleted{s.path, s.old})
 		}
 	}
+	f.tellDeleted(gone)
 	if err == nil || f.ended() || f.frozen.Load() {
 		return
 	}
@@ -438,18 +410,6 @@ func (h *herald) conclude(r *round, err error) {
 	}
 	if missed, ok := f.log.due(failure{"", 0}, time.Now()); ok {
 		f.o.Log.Warn("programs that watch the mount may have missed a change", slog.Any("err", err), "not_logged", missed)
-	}
-}
-
-// notifyDeleted tells the kernel that the file it knows at p is gone: who watches that hears of it.
-func (f *tree) notifyDeleted(p string, n *node) {
-	dir, name := path.Split(p)
-	parent := f.table.at(strings.TrimSuffix(dir, "/"))
-	if parent == nil || n.kind == directory {
-		return
-	}
-	if f.server.Load().DeleteNotify(parent.id, n.id, name) == fuse.OK {
-		f.bury(n)
 	}
 }
 

@@ -417,7 +417,7 @@ func TestKilledWhilePoking(t *testing.T) {
 	base := filepath.Dir(w.src)
 	poker, fifo := filepath.Join(base, "poker"), filepath.Join(base, "begun")
 	// It tells of itself, and then is a poker.
-	script := fmt.Sprintf("#!/bin/bash\necho >%s\nexec -a %[2]s %[3]s %[4]s\n", fifo, poker, self, PokerVerb)
+	script := fmt.Sprintf("#!/bin/bash\n[ \"$2\" = %[4]s ] || echo >%[1]s\nexec -a %[2]s %[3]s \"$@\"\n", fifo, poker, self, notifierMode)
 	w.must(unix.Mkfifo(fifo, 0o600), os.WriteFile(poker, []byte(script), 0o755))
 	begun, err := os.OpenFile(fifo, os.O_RDWR, 0)
 	w.must(err)
@@ -461,12 +461,15 @@ func TestPokerThatHangs(t *testing.T) {
 	w.seal("f", "one")
 	w.mount()
 	w.read("f", "one")
-	h := w.fs.t.herald
 	w.replace("f", w.sealAs("f", []byte("two")))
 	running := func() *os.Process {
+		h := &w.fs.t.helpers
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		return h.poker
+		for p := range h.running {
+			return p
+		}
+		return nil
 	}
 	eventually(t, "the poker", func() bool { return running() != nil })
 	p := running()

@@ -34,11 +34,15 @@ const twinFD = 3
 
 // PokerMain is all that a poker does: it makes the moves that it reads from its standard
 // input, and ends. It returns an exit code: the errno of the first move that failed, 0 if none did.
+// With more arguments it is a notifier, which writes what it reads to the kernel.
 //
 // It is a process of its own because a thread that waits for an answer of the file
 // system cannot be killed once its request has been read. If that thread were the
 // daemon's, the answer could never come after a SIGKILL, and the daemon would never end.
 func PokerMain() int {
+	if len(os.Args) == 4 && os.Args[2] == notifierMode {
+		return notifierMain(os.Args[3])
+	}
 	moves := json.NewDecoder(os.Stdin)
 	code := 0
 	for {

@@ -83,6 +83,7 @@ func (f *tree) revoke(ctx context.Context, wait bool) error {
 func (f *tree) end() error {
 	defer close(f.done)
 	f.herald.stop()
+	f.helpers.stop()
 	f.watch.close()
 	dropped := f.invalidate(f.drain())
 	invalidated := late(dropped, invalidateTimeout)

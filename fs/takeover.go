@@ -433,7 +433,8 @@ func (f *tree) closeLate(h *handle, last bool) {
 func (f *FS) Freeze() error {
 	t := f.t
 	t.frozen.Store(true)
-	t.herald.stop() // its poker may need our answers
+	t.herald.stop()
+	t.helpers.stop() // they may need our answers
 	t.herald.ended(drainTimeout)
 	select {
 	case <-t.replies.freeze():

@@ -34,7 +34,8 @@ type serving struct {
 // serveWorld starts a daemon for w: the first one mounts, a successor of before takes over.
 // flags are "hang", for a key service that never answers, "lost", for a kernel that does
 // not send requests again, "direct", for no page cache, "private", for no allow_other,
-// "expire", for a TTL of 0, "poker=" and the path of one, and "group", for a group of two files, with "hasty" one that is not waited for.
+// "expire", for a TTL of 0, "poker=" and the path of one, "stick=" and a path whose lookup
+// is never answered, "alone", for a daemon that nobody succeeds, and "group", for a group of two files, with "hasty" one that is not waited for.
 func serveWorld(w *world, before *serving, flags ...string) *serving {
 	w.t.Helper()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -61,7 +62,7 @@ func serveWorld(w *world, before *serving, flags ...string) *serving {
 	if l := s.line(); l != "serving" {
 		w.t.Fatal(l)
 	}
-	if before == nil {
+	if before == nil && !slices.Contains(flags, "alone") {
 		oob := make([]byte, unix.CmsgSpace(4))
 		_, n, _, _, err := unix.Recvmsg(pair[0], make([]byte, 1), oob, unix.MSG_CMSG_CLOEXEC)
 		w.must(err)
@@ -127,12 +128,24 @@ func serve(args []string) int {
 		if p, ok := strings.CutPrefix(f, "poker="); ok {
 			o.Poker = p
 		}
+		if p, ok := strings.CutPrefix(f, "stick="); ok {
+			o.lookedUp = func(path string) {
+				if path == p {
+					fmt.Println("stuck")
+					select {}
+				}
+			}
+		}
 	}
 	if slices.Contains(flags, "group") {
 		o.Groups, o.grace = []Group{{Files: []string{crt, key}, Settle: never}}, never
 		if slices.Contains(flags, "hasty") {
 			o.Groups[0].Settle = 50 * time.Millisecond
 		}
+	}
+	alone := slices.Contains(flags, "alone")
+	if alone {
+		o.Ledger = nil
 	}
 	if slices.Contains(flags, "take") {
 		o.Device = os.NewFile(5, "/dev/fuse")
@@ -147,7 +160,7 @@ func serve(args []string) int {
 		return 1
 	}
 	fmt.Println("serving")
-	if o.Device == nil {
+	if o.Device == nil && !alone {
 		raw, err := f.Device().SyscallConn()
 		if err == nil {
 			_ = raw.Control(func(fd uintptr) { err = unix.Sendmsg(3, []byte{1}, unix.UnixRights(int(fd)), nil, 0) })

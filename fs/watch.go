@@ -372,46 +372,52 @@ func (w *watcher) everything() (paths []string) {
 	return paths
 }
 
-// look compares p with the node it has, and makes the kernel look it up again
-// if it differs. It runs on a goroutine of its own: the kernel takes the lock of the
+// look compares paths with the nodes they have, and makes the kernel look those up again
+// that differ. It runs on a goroutine of its own: the kernel takes the lock of the
 // directory, which a lookup that waits for our answer may hold.
-func (w *watcher) look(p string) {
+func (w *watcher) look(paths []string) {
 	f := w.f
-	n := f.table.at(p)
-	if n == nil {
-		f.notifyEntry(p)
-		return
-	}
-	if n.id != rootID {
-		now, err := f.find(p, false)
+	var stale []string
+	var gone []deleted
+	var edited []*node
+	for _, p := range paths {
+		n := f.table.at(p)
 		switch {
-		case err != nil && !gone(err):
-			return
-		case err != nil || now != n:
+		case n == nil:
+			stale = append(stale, p)
+		case w.differs(n):
 			f.retire(n)
-			if f.herald.off.Load() {
-				f.notifyDeleted(p, n)
-			}
-			f.notifyEntry(p)
-			return
+			stale, gone = append(stale, p), append(gone, deleted{p, n})
+		case n.kind == directory: // nobody who waits for us has its pages
+			f.server.Load().InodeNotify(n.id, 0, 0)
+		case n.kind == plainFile:
+			edited = append(edited, n)
 		}
 	}
-	if n.kind == directory || n.kind == plainFile {
-		f.server.Load().InodeNotify(n.id, 0, 0)
+	if f.herald.off.Load() {
+		f.tellDeleted(gone)
 	}
+	f.forgetEntries(stale)
+	f.forgetPages(edited)
 }
 
-func (w *watcher) tell(p string) {
-	if w.f.o.Changed != nil {
-		w.f.o.Changed(p)
+// differs reports whether the path of n leads to something else by now.
+func (w *watcher) differs(n *node) bool {
+	if n.id == rootID {
+		return false
 	}
+	now, err := w.f.find(n.path, false)
+	if err != nil {
+		return gone(err)
+	}
+	return now != n
 }
 
-// notifyEntry makes the kernel drop its entry for p.
-func (f *tree) notifyEntry(p string) {
-	dir, name := path.Split(p)
-	if parent := f.table.at(strings.TrimSuffix(dir, "/")); parent != nil {
-		f.server.Load().EntryNotify(parent.id, name)
+func (w *watcher) tell(paths []string) {
+	for _, p := range paths {
+		if w.f.o.Changed != nil {
+			w.f.o.Changed(p)
+		}
 	}
 }
 
@@ -490,19 +496,20 @@ func (q *work) take() []string {
 	return order
 }
 
-func (q *work) run(do func(string)) {
+// run calls do with some paths at a time.
+func (q *work) run(do func([]string)) {
 	for {
 		select {
 		case <-q.end:
 			return
 		case <-q.more:
 		}
-		for _, p := range q.take() {
+		for some := range slices.Chunk(q.take(), maxRound) {
 			select {
 			case <-q.end:
 				return
 			default:
-				do(p)
+				do(some)
 			}
 		}
 	}
