@@ -40,8 +40,9 @@ func (u *ui) detachCommand() *cli.Command {
 		Name:      "detach",
 		Usage:     "unmount what a daemon with --await-attach has left",
 		ArgsUsage: "NAME|FILE",
-		Description: "For ExecStopPost= of kmsfs@.service. A mount that lives, or that a successor could take over, is left alone;\n" +
-			"so is all when $EXIT_CODE says that the daemon crashed: its successor decides.",
+		Description: "For ExecStopPost= of kmsfs@.service. Ends the processes that are left in the unit, too. A mount that lives, or\n" +
+			"that a successor could take over, is left alone; so are all mounts when $EXIT_CODE says that the daemon crashed:\n" +
+			"its successor decides.",
 		Action: u.systemdDetach,
 	}
 }
@@ -172,11 +173,13 @@ func (u *ui) systemdDetach(c *cli.Context) error {
 		return usage(c, errors.New("name one tree or configuration"), false)
 	}
 	if crashed(os.Getenv("EXIT_CODE"), os.Getenv("EXIT_STATUS")) {
+		endLeft(0) // nobody waits longer for the successor than he must
 		return nil
 	}
 	if err := enterMachine(u.args); err != nil {
 		return err
 	}
+	endLeft(time.Second)
 	name := c.Args().First()
 	if !config.ValidName(name) {
 		cfg, err := loadConfig(name)
