@@ -236,9 +236,26 @@ is "$(left kmsfs@second)" ''
 systemctl start kmsfs@second
 runs changed
 kill -9 "$(prop kmsfs@second MainPID)"
-systemctl stop kmsfs@second
+systemctl stop kmsfs@second # whatever systemd is about
+gone() { [ -z "$(left kmsfs@second)" ]; }
+await gone
+umount -l /mnt/second 2>/dev/null || true
+
+step 'a daemon that crashes when it is stopped leaves nothing either'
+systemctl start kmsfs@second
+runs changed
+pid=$(prop kmsfs@second MainPID)
+kill -STOP $pid
+head -c1 /mnt/second/extra >/dev/null 2>&1 & # waits for an answer
+systemctl stop --no-block kmsfs@second
+stopping() { is "$(prop kmsfs@second SubState)" stop-sigterm; }
+await stopping
+kill -9 $pid
+await systemctl -q is-failed kmsfs@second
+wait $! || true
 is "$(left kmsfs@second)" ''
-mounts
+is "$(mounts)" /srv/shop
+systemctl reset-failed kmsfs@second
 sed -i '/^\[on_change\]/,$d' /etc/kmsfs/second.toml
 
 step watchdog
