@@ -450,6 +450,7 @@ unloaded
 whole moving /mnt/moving 20
 loaded -revoked /mnt/moving/long
 systemctl stop kmsfs@moving
+is "$(left kmsfs@moving)" ''
 unloaded
 
 step 'a path unit sees that a sealed file was replaced, also while the daemon is down'
