@@ -40,8 +40,9 @@ func (u *ui) detachCommand() *cli.Command {
 		Name:      "detach",
 		Usage:     "unmount what a daemon with --await-attach has left",
 		ArgsUsage: "NAME|FILE",
-		Description: "For ExecStopPost= of kmsfs@.service. A mount that lives, or that a successor could take over, is left alone;\n" +
-			"so is all when $EXIT_CODE says that the daemon crashed: its successor decides.",
+		Description: "For ExecStopPost= of kmsfs@.service. Ends the processes that are left in the unit, too. A mount that lives, or\n" +
+			"that a successor could take over, is left alone; so are all mounts when $EXIT_CODE says that the daemon crashed,\n" +
+			"and the unit is not to be stopped: its successor decides.",
 		Action: u.systemdDetach,
 	}
 }
@@ -171,7 +172,10 @@ func (u *ui) systemdDetach(c *cli.Context) error {
 	if c.NArg() != 1 {
 		return usage(c, errors.New("name one tree or configuration"), false)
 	}
-	if crashed(os.Getenv("EXIT_CODE"), os.Getenv("EXIT_STATUS")) {
+	unit := stoppedUnit()
+	crash := crashed(os.Getenv("EXIT_CODE"), os.Getenv("EXIT_STATUS"))
+	if crash && !unit.forGood() {
+		unit.endLeft(0) // no reader waits longer for the successor than he must
 		return nil
 	}
 	if err := enterMachine(u.args); err != nil {
@@ -185,16 +189,27 @@ func (u *ui) systemdDetach(c *cli.Context) error {
 		}
 		name = cfg.Name
 	}
-	point := attachedAt(name)
-	if point == "" {
-		return nil
-	}
-	if err := fs.ClearStale(point); errors.Is(err, fs.ErrMounted) {
+	err := detachFrom(attachedAt(name), crash)
+	unit.endLeft(time.Second) // none waits for the mount any more
+	if errors.Is(err, fs.ErrMounted) {
 		return nil
 	} else if err != nil {
 		return err
 	}
-	return os.Remove(attachedPath(name))
+	if err := os.Remove(attachedPath(name)); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+func detachFrom(point string, crash bool) error {
+	switch {
+	case point == "":
+		return nil
+	case crash:
+		return abandon(point)
+	}
+	return fs.ClearStale(point)
 }
 
 // crashed reports whether systemd's variables (systemd.exec(5), $EXIT_CODE) speak of a

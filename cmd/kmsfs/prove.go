@@ -23,8 +23,6 @@ func (d *served) prove(ctx context.Context, patience time.Duration) error {
 	d.waiting.set(true)
 	defer d.waiting.set(false)
 	for {
-		// A start that waits is no start that hangs: each attempt asks for the time it needs.
-		d.notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d.cfg.OpenTimeout + startMargin).Microseconds()))
 		attempt, cancel := context.WithTimeout(ctx, d.cfg.OpenTimeout)
 		uri, err := d.ring.prove(attempt)
 		cancel()
@@ -46,9 +44,6 @@ func (d *served) prove(ctx context.Context, patience time.Duration) error {
 		}
 	}
 }
-
-// startMargin is what a start may need beside asking a key service.
-const startMargin = time.Minute
 
 // afterFailure is how long a start that has failed lasts, so that systemd, which
 // starts a daemon that crashed again at once, does not try it ten times a second.

@@ -39,7 +39,7 @@ func TestDocumented(t *testing.T) {
 	fields(reflect.TypeFor[audit.Entry]())
 
 	s := control.Status{Name: "x", Opens: make([]control.Opens, 1), Keys: make([]control.Key, 1),
-		KeyOperations: []control.KeyOperations{{Latency: []uint64{0}}}}
+		KeyOperations: []control.KeyOperations{{Latency: []uint64{0}}}, OnChange: &control.OnChange{}}
 	var text bytes.Buffer
 	if err := s.WriteMetrics(&text); err != nil {
 		t.Fatal(err)
