@@ -190,7 +190,7 @@ func (u *ui) systemdDetach(c *cli.Context) error {
 		name = cfg.Name
 	}
 	err := detachFrom(attachedAt(name), crash)
-	unit.endLeft(time.Second) // none waits for the mount any more
+	unit.endLeft(5 * time.Second) // none waits for the mount any more
 	if errors.Is(err, fs.ErrMounted) {
 		return nil
 	} else if err != nil {

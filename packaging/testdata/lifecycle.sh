@@ -221,7 +221,8 @@ runs() { # until the command does, and what it has started
 	rm -f /run/ran
 	"$@"
 	await test -e /run/ran
-	is "$(left kmsfs@second | grep -c '^sleep ')" 2
+	both() { [ "$(left kmsfs@second | grep -c '^sleep ')" = 2 ]; }
+	await both
 }
 changed() { kmsfs seal --force --as extra -o /srv/second/extra -c second word; }
 systemctl start kmsfs@second
