@@ -8,7 +8,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs"
@@ -54,7 +53,7 @@ func (d *served) await(ctx context.Context, o *fs.Options) error {
 	defer stop()
 	alive := make(chan struct{})
 	defer close(alive)
-	go keepAlive(alive)
+	go watchdog(func(time.Duration) bool { return true }, alive) // the control socket does not answer yet
 	conn, err := d.attach.AcceptUnix()
 	switch {
 	case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded):
@@ -136,24 +135,6 @@ func ofRoot(conn *net.UnixConn) error {
 		err = fmt.Errorf("attached by user %d: %w", peer.Uid, os.ErrPermission)
 	}
 	return err
-}
-
-// keepAlive answers for a daemon whose control socket does not yet.
-func keepAlive(stop <-chan struct{}) {
-	every, err := daemon.SdWatchdogEnabled(false)
-	if err != nil || every == 0 {
-		return
-	}
-	tick := time.NewTicker(every / 3)
-	defer tick.Stop()
-	for {
-		select {
-		case <-stop:
-			return
-		case <-tick.C:
-			_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
-		}
-	}
 }
 
 // answerAttach is for kmsfs systemd attach when there is a mount: after a takeover it brings

@@ -55,10 +55,8 @@ func (d *served) wellTold(told <-chan struct{}, limit time.Duration) {
 	}
 }
 
-// watchdog tells systemd that we live, as long as the control socket answers. It
-// goes neither through the mount nor to a key service: an outage is no reason to
-// be killed.
-func watchdog(socket string, stop <-chan struct{}) {
+// watchdog tells systemd that we live, as long as alive says so within the time it is given.
+func watchdog(alive func(limit time.Duration) bool, stop <-chan struct{}) {
 	every, err := daemon.SdWatchdogEnabled(false)
 	if err != nil || every == 0 {
 		return
@@ -70,11 +68,18 @@ func watchdog(socket string, stop <-chan struct{}) {
 		case <-stop:
 			return
 		case <-tick.C:
-			ctx, cancel := context.WithTimeout(context.Background(), every/3)
-			if _, err := control.Dial(socket).Status(ctx); err == nil {
+			if alive(every / 3) {
 				_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
 			}
-			cancel()
 		}
 	}
+}
+
+// answers asks the control socket. It goes neither through the mount nor to a key service:
+// an outage is no reason to be killed.
+func (d *served) answers(limit time.Duration) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	_, err := control.Dial(socketPath(d.name)).Status(ctx)
+	return err == nil
 }

@@ -144,7 +144,7 @@ func (d *served) ready() {
 	}
 	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
 	d.tellReady(d.statusText())
-	go watchdog(socketPath(d.name), d.stopped)
+	go watchdog(d.answers, d.stopped)
 	if err := detach(); err != nil {
 		d.log.Warn("cannot detach", "error", err)
 	}
