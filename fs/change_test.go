@@ -222,7 +222,7 @@ func TestEditInPlace(t *testing.T) {
 		})
 	}
 	for v := 1; v <= versions; v++ {
-		w.must(os.WriteFile(filepath.Join(w.src, "f"), sealed[v], 0o644))
+		w.must(writeFile(filepath.Join(w.src, "f"), sealed[v], 0o644))
 		if got, err := readVersion(w.at("f"), false); err != nil || got != v%3 {
 			t.Errorf("after edit %d: version %d, %v", v, got, err)
 			break
@@ -242,7 +242,7 @@ func TestSameStatOtherContent(t *testing.T) {
 	w.write("f", a)
 	w.mount()
 	for i := range 200 {
-		w.must(os.WriteFile(name, a, 0o644))
+		w.must(writeFile(name, a, 0o644))
 		st := statOf(t, name)
 		w.read("f", "first!")
 		f, err := os.OpenFile(name, os.O_WRONLY, 0)

@@ -231,14 +231,22 @@ func (w *world) seal(p string, content string) {
 func (w *world) write(p string, content []byte) {
 	w.t.Helper()
 	name := filepath.Join(w.src, p)
-	w.must(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, content, 0o644))
+	w.must(os.MkdirAll(filepath.Dir(name), 0o755), writeFile(name, content, 0o644))
+}
+
+// writeFile is [os.WriteFile], and no process that is being started has the file open for
+// a moment longer: only when the last one closes it there is an event of that.
+func writeFile(name string, content []byte, mode fs.FileMode) error {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	return os.WriteFile(name, content, mode)
 }
 
 // replace renames a sealed file over p, as editors and kmsfs seal do.
 func (w *world) replace(p string, content []byte) {
 	w.t.Helper()
 	next := filepath.Join(w.src, ".next")
-	w.must(os.WriteFile(next, content, 0o644), os.Rename(next, filepath.Join(w.src, p)))
+	w.must(writeFile(next, content, 0o644), os.Rename(next, filepath.Join(w.src, p)))
 }
 
 func (w *world) at(p string) string { return filepath.Join(w.mnt, p) }

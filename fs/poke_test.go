@@ -136,7 +136,7 @@ func TestWatchersAreTold(t *testing.T) {
 			return nil
 		}, "two", overwritten, forgotten},
 		{"edit", func(w *world, d string) error {
-			return os.WriteFile(filepath.Join(w.src, d, "f"), w.sealAs(d+"/f", []byte("three")), 0o644)
+			return writeFile(filepath.Join(w.src, d, "f"), w.sealAs(d+"/f", []byte("three")), 0o644)
 		}, "three", overwritten, forgotten},
 		{"remove", func(w *world, d string) error { return os.Remove(filepath.Join(w.src, d, "f")) }, "", []string{"delete d/f"}, forgotten},
 		{"create", func(w *world, d string) error {
@@ -418,7 +418,7 @@ func TestKilledWhilePoking(t *testing.T) {
 	poker, fifo := filepath.Join(base, "poker"), filepath.Join(base, "begun")
 	// It tells of itself, and then is a poker.
 	script := fmt.Sprintf("#!/bin/bash\n[ \"$2\" = %[4]s ] || echo >%[1]s\nexec -a %[2]s %[3]s \"$@\"\n", fifo, poker, self, notifierMode)
-	w.must(unix.Mkfifo(fifo, 0o600), os.WriteFile(poker, []byte(script), 0o755))
+	w.must(unix.Mkfifo(fifo, 0o600), writeFile(poker, []byte(script), 0o755))
 	begun, err := os.OpenFile(fifo, os.O_RDWR, 0)
 	w.must(err)
 	defer begun.Close()
@@ -457,7 +457,7 @@ func TestKilledWhilePoking(t *testing.T) {
 func TestPokerThatHangs(t *testing.T) {
 	w := newWorld(t)
 	w.o.Poker = filepath.Join(filepath.Dir(w.src), "poker")
-	w.must(os.WriteFile(w.o.Poker, []byte("#!/bin/sh\nexec sleep 1000\n"), 0o755))
+	w.must(writeFile(w.o.Poker, []byte("#!/bin/sh\nexec sleep 1000\n"), 0o755))
 	w.seal("f", "one")
 	w.mount()
 	w.read("f", "one")
