@@ -535,7 +535,11 @@ func TestGroupAppearsAndGoes(t *testing.T) {
 	w.must(os.Remove(filepath.Join(w.src, crt)), os.Remove(filepath.Join(w.src, key)))
 	present(2)
 	w.fs.SwitchGroups()
-	eventually(t, "the group to go", func() bool { _, err := os.Stat(w.at(crt)); return err != nil })
+	eventually(t, "the group to go", func() bool { // the kernel is told of one after the other
+		_, err1 := os.Stat(w.at(crt))
+		_, err2 := os.Stat(w.at(key))
+		return err1 != nil && err2 != nil
+	})
 	absent()
 	w.rewrite(3, key, crt)
 	eventually(t, "the group", func() bool { _, err := os.Stat(w.at(crt)); return err == nil })
