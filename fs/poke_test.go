@@ -425,6 +425,9 @@ func TestKilledWhilePoking(t *testing.T) {
 	w.seal("d/f", "0")
 	last := serveWorld(w, nil, "poker="+poker)
 	w.read("d/f", "0")
+	held, err := os.Open(w.at("d/f")) // a successor knows of files that the kernel has not forgotten
+	w.must(err)
+	defer held.Close()
 	dir := w.listen("d")
 	version := 0
 	change := func() {
@@ -450,6 +453,7 @@ func TestKilledWhilePoking(t *testing.T) {
 		return dir.read["d/f"] == fmt.Sprintf("%d <nil>", version)
 	})
 	eventually(t, "the end of all pokers", func() bool { return len(pokers(poker)) == 0 })
+	w.must(held.Close())
 	last.revoke()
 }
 
