@@ -155,7 +155,10 @@ func TestOnChange(t *testing.T) {
 	if err := os.Rename(filepath.Join(m.dir, "shop/deep/new1"), filepath.Join(m.dir, "shop/moved")); err != nil {
 		t.Fatal(err)
 	}
-	all := strings.Fields(strings.Join(m.ran(t, "moved/f1")[before:], " "))
+	var all []string
+	for until := time.Now().Add(patience); len(all) < 14 && time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
+		all = strings.Fields(strings.Join(m.runs(t)[before:], " ")) // of one run, or two where the machine was busy between two events
+	}
 	if slices.Contains(all, "a") || slices.Contains(all, filepath.Base(draft)) || len(all) != 14 {
 		t.Errorf("a directory was moved, and the command was run about %q", all)
 	}
