@@ -59,11 +59,16 @@ func (d *served) prepare() error {
 	return d.openMetrics()
 }
 
-// lockTree waits for a predecessor whose mount we have been handed: it is dying.
+// lockTree waits for a predecessor that is dying: one whose mount we have been handed, or
+// one that was killed as it started a process, which has the lock until it executes.
 func (d *served) lockTree() (*treeLock, error) {
-	for until := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	patience := time.Second
+	if d.kept != nil {
+		patience = 10 * time.Second
+	}
+	for until := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
 		lock, err := lockTree(d.name)
-		if err == nil || d.kept == nil || !errors.Is(err, errMounted) || time.Now().After(until) {
+		if err == nil || !errors.Is(err, errMounted) || time.Now().After(until) {
 			return lock, err
 		}
 	}
