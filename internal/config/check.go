@@ -347,6 +347,9 @@ func (c *checker) group(at string, number int, d groupTable) Group {
 		if f == "" || strings.HasPrefix(f, "/") || path.Clean(f) != f || below("..", f) {
 			c.bad(fmt.Sprintf("%s.files.%d", at, i), "paths start below the source, without / in front", "group %d: %q is not a path below the source", number, f)
 		}
+		if strings.ContainsAny(f, "*?[{") {
+			c.bad(fmt.Sprintf("%s.files.%d", at, i), "name each file: only rules take patterns", "group %d: %q is a pattern", number, f)
+		}
 		if slices.Contains(d.Files[:i], f) {
 			c.bad(fmt.Sprintf("%s.files.%d", at, i), "name each file once", "group %d has %q twice", number, f)
 		}
@@ -374,8 +377,8 @@ func (c *checker) onChange(d onChangeTable, o *OnChange) {
 	o.Run = d.Run
 	const example = `run = ["systemctl", "reload", "shop.service"]`
 	switch {
-	case len(d.Run) == 0:
-	case d.Run[0] == "":
+	case d.Run == nil:
+	case len(d.Run) == 0 || d.Run[0] == "":
 		c.bad("on_change.run", example, "on_change.run names no program")
 	case strings.Contains(d.Run[0], "/") && !filepath.IsAbs(d.Run[0]):
 		c.bad("on_change.run", "write the whole path, from /, or the bare name of a program", "on_change.run: %q is relative to nothing", d.Run[0])
