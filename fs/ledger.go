@@ -103,11 +103,11 @@ func newLedger(f *os.File, log *slog.Logger) (*ledger, error) {
 	if f == nil {
 		return nil, nil
 	}
-	dup, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	dup, err := dupFile(f)
 	if err != nil {
 		return nil, fmt.Errorf("keep the ledger: %w", err)
 	}
-	l := &ledger{log: log, f: os.NewFile(uintptr(dup), f.Name()), first: ledgerStart, end: ledgerStart}
+	l := &ledger{log: log, f: dup, first: ledgerStart, end: ledgerStart}
 	l.goal.Store(ledgerLeast)
 	return l, nil
 }

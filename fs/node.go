@@ -223,6 +223,9 @@ func (t *table) at(path string) *node {
 	return t.current[path]
 }
 
+// parent returns the node of the directory that p is in, nil when there is none.
+func (t *table) parent(p string) *node { return t.at(parentOf(p)) }
+
 // hold is at, and counts a lookup, so that the node is not forgotten meanwhile.
 func (t *table) hold(path string) *node {
 	t.mu.Lock()

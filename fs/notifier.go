@@ -11,7 +11,6 @@ import (
 	"path"
 	"runtime"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -65,9 +64,8 @@ func message(code uint32, fields []uint64, name string) []byte {
 func (f *tree) forgetEntries(paths []string) {
 	var messages [][]byte
 	for _, p := range paths {
-		dir, name := path.Split(p)
-		if parent := f.table.at(strings.TrimSuffix(dir, "/")); parent != nil && name != "" {
-			messages = append(messages, message(notifyEntry, []uint64{parent.id}, name))
+		if parent := f.table.parent(p); parent != nil && p != "" {
+			messages = append(messages, message(notifyEntry, []uint64{parent.id}, path.Base(p)))
 		}
 	}
 	f.notify(messages)
@@ -94,9 +92,8 @@ func (f *tree) tellDeleted(all []deleted) {
 	var messages [][]byte
 	var nodes []*node
 	for _, d := range all {
-		dir, name := path.Split(d.path)
-		if parent := f.table.at(strings.TrimSuffix(dir, "/")); parent != nil && d.node.kind != directory {
-			messages = append(messages, message(notifyDelete, []uint64{parent.id, d.node.id}, name))
+		if parent := f.table.parent(d.path); parent != nil && d.node.kind != directory {
+			messages = append(messages, message(notifyDelete, []uint64{parent.id, d.node.id}, path.Base(d.path)))
 			nodes = append(nodes, d.node)
 		}
 	}

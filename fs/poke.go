@@ -248,8 +248,7 @@ func (h *herald) plan(was *round) *round {
 	r := &round{news: was.news, temps: make(map[string]*step), names: make(map[string]*step)}
 	before := f.table.superseded(r.news)
 	for p, n := range r.news {
-		dir, _ := path.Split(p)
-		if f.table.at(strings.TrimSuffix(dir, "/")) == nil { // nor does the kernel know it
+		if f.table.parent(p) == nil { // nor does the kernel know it
 			continue
 		}
 		now, err := f.find(p, false)
@@ -331,8 +330,8 @@ func (r *round) left() (moves []move) {
 		if s.done.Load() || tried && !s.fresh.Load() {
 			return
 		}
-		dir, name := path.Split(s.path)
-		m := move{Do: s.do, Dir: []byte(strings.TrimSuffix(dir, "/")), From: []byte(name)}
+		name := path.Base(s.path)
+		m := move{Do: s.do, Dir: []byte(parentOf(s.path)), From: []byte(name)}
 		if s.temp != "" {
 			m.From, m.To = []byte(path.Base(s.temp)), []byte(name)
 		}

@@ -74,11 +74,11 @@ func (f *tree) takeOver() error {
 // recognize finds the mount of which the ledger speaks, and refuses one that the
 // configuration does not mean.
 func (f *tree) recognize(m *mountNote) error {
-	dup, err := unix.FcntlInt(f.o.Device.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	device, err := dupFile(f.o.Device)
 	if err != nil {
-		return fmt.Errorf("duplicate /dev/fuse: %w", err)
+		return err
 	}
-	f.device = os.NewFile(uintptr(dup), "/dev/fuse")
+	f.device = device
 	var st unix.Stat_t
 	if err := f.src.stat("", &st); err != nil {
 		return fmt.Errorf("stat source %s: %w", f.src.name, err)

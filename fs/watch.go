@@ -95,7 +95,6 @@ func (w *watcher) start() {
 }
 
 // close ends the watching soon; see wait.
-
 func (w *watcher) close() {
 	if w.in != nil {
 		_ = w.in.Close()

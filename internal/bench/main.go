@@ -172,10 +172,8 @@ func (s *stage) mountKMSFS(name, ttl, audit string) (string, error) {
 	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 		return "", err
 	}
-	for _, args := range [][]string{{"keygen", key}, {"seal", "-c", conf, "-r", src}} {
-		if out, err := exec.Command(s.kmsfs, args...).CombinedOutput(); err != nil {
-			return "", fmt.Errorf("kmsfs %s: %w\n%s", args[0], err, out)
-		}
+	if err := s.seal(conf, key, src); err != nil {
+		return "", err
 	}
 	said, err := os.Create(filepath.Join(dir, "log")) // of interest only if it fails
 	if err != nil {
@@ -193,6 +191,16 @@ func (s *stage) mountKMSFS(name, ttl, audit string) (string, error) {
 		return failed(said.Name(), errors.Join(daemon.Process.Signal(syscall.SIGTERM), daemon.Wait()))
 	})
 	return mnt, failed(said.Name(), await(mnt))
+}
+
+// seal makes the key and seals the tree that conf speaks of.
+func (s *stage) seal(conf, key, src string) error {
+	for _, args := range [][]string{{"keygen", key}, {"seal", "-c", conf, "-r", src}} {
+		if out, err := exec.Command(s.kmsfs, args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("kmsfs %s: %w\n%s", args[0], err, out)
+		}
+	}
+	return nil
 }
 
 // failed adds to err what the daemon had to say.

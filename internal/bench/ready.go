@@ -61,12 +61,7 @@ func (s *stage) sealedTree(n int) (conf string, err error) {
 	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
 		return "", err
 	}
-	for _, args := range [][]string{{"keygen", key}, {"seal", "-c", conf, "-r", src}} {
-		if out, err := exec.Command(s.kmsfs, args...).CombinedOutput(); err != nil {
-			return "", fmt.Errorf("kmsfs %s: %w\n%s", args[0], err, out)
-		}
-	}
-	return conf, nil
+	return conf, s.seal(conf, key, src)
 }
 
 // startToReady is one life of a daemon, as its supervisor sees it.
