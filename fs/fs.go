@@ -301,13 +301,22 @@ func (f *tree) mount() error {
 		_ = f.detach()
 		return fmt.Errorf("duplicate /dev/fuse: %w", err)
 	}
-	server, err := fuse.NewServer(f, "/dev/fd/"+strconv.Itoa(fd), f.serverOptions())
+	server, err := f.newServer(fd)
 	if err != nil {
 		_ = f.detach()
 		return fmt.Errorf("greet the kernel: %w", err)
 	}
 	f.server.Store(server)
 	return f.beginLedger(0, *server.KernelSettings())
+}
+
+// newServer reads the kernel's greeting from fd, which it owns from then on, and answers it.
+func (f *tree) newServer(fd int) (*fuse.Server, error) {
+	server, err := fuse.NewServer(f, "/dev/fd/"+strconv.Itoa(fd), f.serverOptions())
+	if err != nil {
+		return nil, err
+	}
+	return server, touchBuffers(server)
 }
 
 func (f *tree) serverOptions() *fuse.MountOptions {

@@ -8,7 +8,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -231,7 +230,7 @@ func (f *tree) greetAgain(said fuse.InitIn) (*fuse.Server, error) {
 		_ = unix.Close(pair[0])
 		return nil, fmt.Errorf("repeat the greeting: %w", err)
 	}
-	server, err := fuse.NewServer(f, "/dev/fd/"+strconv.Itoa(pair[0]), f.serverOptions())
+	server, err := f.newServer(pair[0])
 	if err != nil {
 		return nil, fmt.Errorf("repeat the greeting: %w", err)
 	}
