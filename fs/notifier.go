@@ -44,15 +44,18 @@ const (
 	notifyDelete = 6
 )
 
+// expireOnly is FUSE_EXPIRE_ONLY, Linux 6.2; an older kernel ignores it.
+const expireOnly = 1
+
 // message is one notification as the kernel reads it, with its struct fuse_out_header.
-func message(code uint32, fields []uint64, name string) []byte {
+func message(code uint32, fields []uint64, name string, flags uint32) []byte {
 	b := make([]byte, 16, 64+len(name))
 	for _, x := range fields {
 		b = binary.NativeEndian.AppendUint64(b, x)
 	}
 	if name != "" {
 		b = binary.NativeEndian.AppendUint32(b, uint32(len(name)))
-		b = binary.NativeEndian.AppendUint32(b, 0)
+		b = binary.NativeEndian.AppendUint32(b, flags)
 		b = append(append(b, name...), 0)
 	}
 	binary.NativeEndian.PutUint32(b, uint32(len(b)))
@@ -60,12 +63,18 @@ func message(code uint32, fields []uint64, name string) []byte {
 	return b
 }
 
-// forgetEntries makes the kernel drop its entries for paths.
+// forgetEntries makes the kernel ask again what paths lead to. Where watchers hear by the
+// deletion of an entry only, it keeps the entries until then: one may be new already, and
+// somebody watch what it leads to.
 func (f *tree) forgetEntries(paths []string) {
+	var flags uint32
+	if f.herald.off.Load() {
+		flags = expireOnly
+	}
 	var messages [][]byte
 	for _, p := range paths {
 		if parent := f.table.parent(p); parent != nil && p != "" {
-			messages = append(messages, message(notifyEntry, []uint64{parent.id}, path.Base(p)))
+			messages = append(messages, message(notifyEntry, []uint64{parent.id}, path.Base(p), flags))
 		}
 	}
 	f.notify(messages)
@@ -75,7 +84,7 @@ func (f *tree) forgetEntries(paths []string) {
 func (f *tree) forgetPages(nodes []*node) {
 	var messages [][]byte
 	for _, n := range nodes {
-		messages = append(messages, message(notifyInode, []uint64{n.id, 0, 0}, ""))
+		messages = append(messages, message(notifyInode, []uint64{n.id, 0, 0}, "", 0))
 	}
 	f.notify(messages)
 }
@@ -93,7 +102,7 @@ func (f *tree) tellDeleted(all []deleted) {
 	var nodes []*node
 	for _, d := range all {
 		if parent := f.table.parent(d.path); parent != nil && d.node.kind != directory {
-			messages = append(messages, message(notifyDelete, []uint64{parent.id, d.node.id}, path.Base(d.path)))
+			messages = append(messages, message(notifyDelete, []uint64{parent.id, d.node.id}, path.Base(d.path), 0))
 			nodes = append(nodes, d.node)
 		}
 	}
