@@ -409,6 +409,71 @@ func TestStatFollows(t *testing.T) {
 	eventually(t, "the new mode", func() bool { return statOf(t, w.at("d")).Mode == unix.S_IFDIR|0o500 })
 }
 
+// TestMtimeMovesWithContent: another content has another mtime, whatever somebody has set it
+// to, and the same has the same.
+func TestMtimeMovesWithContent(t *testing.T) {
+	w := newWorld(t)
+	name := filepath.Join(w.src, "f")
+	early := time.Unix(1, 0)
+	put := func(b []byte) {
+		t.Helper()
+		next := filepath.Join(w.src, ".next")
+		w.must(writeFile(next, b, 0o644), os.Chtimes(next, early, early), os.Rename(next, name))
+	}
+	one, two := w.sealAs("f", []byte("text")), w.sealAs("f", []byte("text"))
+	put(one)
+	w.mount()
+	shown := statOf(t, w.at("f"))
+	if shown.Mtim.Nano() != early.UnixNano() {
+		t.Fatalf("mtime %d; the source's is %d", shown.Mtim.Nano(), early.UnixNano())
+	}
+	// seen returns what is shown once the change has come to the mount: ctime is the source's.
+	seen := func() unix.Stat_t {
+		t.Helper()
+		want := statOf(t, name).Ctim
+		eventually(t, "the change", func() bool { return statOf(t, w.at("f")).Ctim == want })
+		return statOf(t, w.at("f"))
+	}
+	stays := func(what string) {
+		t.Helper()
+		if st := seen(); st.Mtim != shown.Mtim {
+			t.Errorf("%s: mtime went from %d to %d", what, shown.Mtim.Nano(), st.Mtim.Nano())
+		}
+		w.read("f", "text")
+	}
+	moves := func(what string) {
+		t.Helper()
+		st := seen()
+		if st.Mtim == shown.Mtim {
+			t.Errorf("%s: mtime is still %d", what, st.Mtim.Nano())
+		}
+		shown = st
+		w.read("f", "text")
+	}
+	now := time.Now()
+	w.must(os.Chtimes(name, now, now))
+	stays("after touch")
+	w.must(os.Chmod(name, 0o600))
+	stays("after chmod")
+	put(one)
+	stays("replaced by a copy")
+	w.must(writeFile(name, one, 0o600))
+	stays("the same written in place")
+	w.must(writeFile(name, one[:40], 0o600))
+	_ = seen()
+	w.must(writeFile(name, one, 0o600))
+	stays("half-written, then whole again")
+	w.must(os.Remove(name))
+	w.refuse("f", unix.ENOENT)
+	put(one)
+	stays("removed and restored")
+	w.must(os.Chtimes(name, early, early))
+	put(two)
+	moves("replaced by one with the same mtime")
+	put(one)
+	moves("and back")
+}
+
 // TestDirectoryIsReplaced: files below a directory that was exchanged are the new ones.
 func TestDirectoryIsReplaced(t *testing.T) {
 	w := newWorld(t)

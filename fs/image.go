@@ -150,6 +150,7 @@ func (m *image) node() *node {
 	n.size.Store(m.ver.size)
 	if m.head.sealed {
 		n.kind = sealedFile
+		n.seal = m.head.seal
 		n.size.Store(m.head.size)
 	}
 	n.exact.Store(!m.head.sealed || m.head.exact)

@@ -86,6 +86,8 @@ type nodeNote struct {
 	Exact, Settled, Rewritten, Retired bool   `json:",omitempty"`
 	Unlinked, Untold                   bool   `json:",omitempty"`
 	Digest                             []byte `json:",omitempty"`
+	Seal                               []byte `json:",omitempty"`
+	Shift                              int64  `json:",omitempty"` // from Mtime to the one that is shown
 }
 
 // An openNote says whose a handle is.
@@ -201,6 +203,7 @@ type inheritance struct {
 	mount mountNote
 	nodes []*nodeNote // in the order in which they became what their paths lead to
 	open  []*openNote
+	dated map[string]*nodeNote // by path: what is forgotten but for its mtime
 
 	images map[string]*image // by path, of members of groups
 }
@@ -219,7 +222,7 @@ func readLedger(f *os.File) (*inheritance, error) {
 	if first < ledgerStart || first >= info.Size() {
 		return nil, errors.New("read the ledger: it was given up or never begun")
 	}
-	in := inheritance{images: make(map[string]*image)}
+	in := inheritance{dated: make(map[string]*nodeNote), images: make(map[string]*image)}
 	nodes, open := map[uint64]*ordered[nodeNote]{}, map[uint64]*ordered[openNote]{}
 	lines := bufio.NewReader(io.NewSectionReader(f, first, info.Size()-first))
 	for i := 0; ; i++ {
@@ -239,6 +242,9 @@ func readLedger(f *os.File) (*inheritance, error) {
 		case n.Node != nil:
 			nodes[n.Node.ID] = &ordered[nodeNote]{i, n.Node}
 		case n.Forget != 0:
+			if o := nodes[n.Forget]; o != nil {
+				in.forget(o.note)
+			}
 			delete(nodes, n.Forget)
 		case n.Open != nil:
 			open[n.Open.Fh] = &ordered[openNote]{i, n.Open}
@@ -255,6 +261,16 @@ func readLedger(f *os.File) (*inheritance, error) {
 	}
 	in.nodes, in.open = inOrder(nodes), inOrder(open)
 	return &in, nil
+}
+
+// forget keeps the mtime of a forgotten node, if it is not the source's.
+func (in *inheritance) forget(r *nodeNote) {
+	switch {
+	case r.Shift != 0:
+		in.dated[string(r.Path)] = r
+	case r.Kind == sealedFile:
+		delete(in.dated, string(r.Path))
+	}
 }
 
 func (in *inheritance) keep(list []imageNote) error {
@@ -294,6 +310,9 @@ func noteOfNode(n *node) note {
 	if d := n.digest.Load(); d != nil {
 		r.Digest = d.sum[:]
 	}
+	if n.kind == sealedFile {
+		r.Seal, r.Shift = n.seal[:], n.mtime-n.ver.mtime
+	}
 	return note{Node: r}
 }
 
@@ -308,6 +327,8 @@ func (r *nodeNote) node() *node {
 	n.unlinked.Store(r.Unlinked)
 	n.untold.Store(r.Untold)
 	n.pages.Store(r.Kind == sealedFile)
+	n.mtime = r.Mtime + r.Shift
+	copy(n.seal[:], r.Seal)
 	if len(r.Digest) == len(digest{}.sum) {
 		n.digest.Store(digestFrom([32]byte(r.Digest)))
 	}

@@ -177,8 +177,11 @@ func (f *tree) attr(n *node, fd int, timeout uint64, a *fuse.Attr) (valid uint64
 			timeout = 0
 		}
 	}
-	if n.kind == sealedFile && !n.exact.Load() {
-		timeout = 0
+	if n.kind == sealedFile {
+		ver.mtime = n.mtime
+		if !n.exact.Load() {
+			timeout = 0
+		}
 	}
 	mode &^= 0222
 	if n.kind == sealedFile || n.kind == plainFile {
@@ -333,6 +336,7 @@ func (f *tree) findFile(n *node, now time.Time, pinned bool) (*node, error) {
 		return n, nil
 	}
 	n.kind = sealedFile
+	n.seal = hd.seal
 	n.size.Store(hd.size)
 	n.exact.Store(hd.exact)
 	n.settled.Store(n.ver.settledAt(now))
@@ -421,9 +425,10 @@ func (f *tree) unpin(n *node) { n.pin.drop() }
 // A header is what the head of a regular file says.
 type header struct {
 	sealed  bool
-	damaged bool  // sealed, but not whole
-	exact   bool  // size is the plaintext's, not an upper bound
-	size    int64 // of the plaintext
+	damaged bool              // sealed, but not whole
+	exact   bool              // size is the plaintext's, not an upper bound
+	size    int64             // of the plaintext
+	seal    [sha256.Size]byte // see [sealed.File]; zero: there is none
 }
 
 // headers remembers what was read, so that a stat reads a file once.
@@ -490,7 +495,7 @@ func parseHeader(r io.ReaderAt, size int64) (header, error) {
 	file, err := sealed.Parse(r, size)
 	switch {
 	case err == nil:
-		return header{sealed: true, size: file.Size, exact: file.Kind != sealed.Blob}, nil
+		return header{sealed: true, size: file.Size, exact: file.Kind != sealed.Blob, seal: file.Seal}, nil
 	case errors.Is(err, sealed.ErrNotSealed):
 		return header{size: size, exact: true}, nil
 	case errors.Is(err, sealed.ErrTampered), errors.Is(err, sealed.ErrTooLarge):

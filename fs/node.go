@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -71,6 +72,10 @@ type node struct {
 	nlink  uint32
 	target string // of a link
 	image  *image // of a member of a group; nil: what the path leads to is read
+
+	// Of a sealed file; both are settled when the table learns of it, see table.date.
+	seal  [sha256.Size]byte
+	mtime int64 // as it is shown
 
 	size     atomic.Int64 // of the plaintext, or the upper bound while not exact
 	exact    atomic.Bool
@@ -245,6 +250,9 @@ func (t *table) adopt(n *node) (now, before *node) {
 	if n.id == 0 {
 		n = t.name(n)
 	}
+	if t.nodes[n.id] != n {
+		t.date(n)
+	}
 	before = t.current[n.path]
 	delete(t.last, n.path)
 	t.nodes[n.id], t.current[n.path] = n, n
@@ -260,6 +268,31 @@ func (t *table) adopt(n *node) (now, before *node) {
 	}
 	t.ledger.write(noteOfNode(n))
 	return n, before
+}
+
+// date settles which mtime a new node shows: that of the source, but not another one as
+// long as what was sealed is the same, and never the same for something else. What cannot be
+// opened has no content, and neither moves it.
+func (t *table) date(n *node) {
+	n.mtime = n.ver.mtime
+	o := t.previous(n.path)
+	switch {
+	case n.kind != sealedFile || o == nil || o.kind != sealedFile:
+	case n.seal == [sha256.Size]byte{}:
+		n.seal, n.mtime = o.seal, o.mtime
+	case n.seal == o.seal:
+		n.mtime = o.mtime
+	case n.mtime == o.mtime:
+		n.mtime = max(n.ver.ctime, o.mtime+1)
+	}
+}
+
+// previous returns the node that path has, or had not long ago.
+func (t *table) previous(path string) *node {
+	if o := t.current[path]; o != nil {
+		return o
+	}
+	return t.last[path]
 }
 
 // name gives n an id, unless there is a node already that stands for the same.
@@ -328,12 +361,32 @@ func (t *table) inherit(n *node) {
 	defer t.mu.Unlock()
 	t.nodes[n.id] = n
 	if n.retired.Load() {
+		t.remember(n)
 		return
 	}
 	if before := t.current[n.path]; before != nil {
 		before.retired.Store(true)
 	}
 	t.current[n.path] = n
+}
+
+// recall takes over what a predecessor remembered of a path.
+func (t *table) recall(n *node) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.previous(n.path) == nil {
+		t.remember(n)
+	}
+}
+
+// dated returns the nodes that only their mtime is remembered for. The caller has locked mu.
+func (t *table) dated() (all []*node) {
+	for _, n := range t.last {
+		if n.mtime != n.ver.mtime && t.nodes[n.id] == nil {
+			all = append(all, n)
+		}
+	}
+	return all
 }
 
 // disown says that the kernel does not know the inherited node id any more, but
@@ -369,6 +422,14 @@ func (t *table) leave(n *node) {
 		return
 	}
 	delete(t.current, n.path)
+	t.remember(n)
+}
+
+// remember keeps what a path had until now.
+func (t *table) remember(n *node) {
+	if len(t.last) >= maxLast { // all but those whose mtime nobody else knows
+		maps.DeleteFunc(t.last, func(_ string, o *node) bool { return o.mtime == o.ver.mtime })
+	}
 	if t.last == nil || len(t.last) >= maxLast {
 		t.last = make(map[string]*node)
 	}
@@ -388,10 +449,7 @@ func (t *table) retire(n *node) bool {
 func (t *table) wasSealed(n *node) bool {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	o := t.current[n.path]
-	if o == nil {
-		o = t.last[n.path]
-	}
+	o := t.previous(n.path)
 	return o != nil && o.kind == sealedFile && o.ver.sameInode(n.ver)
 }
 

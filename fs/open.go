@@ -286,7 +286,7 @@ func (f *tree) learnSize(n *node, size int64) error {
 	n.exact.Store(true)
 	f.table.note(n)
 	if n.settled.Load() {
-		f.headers.put(n.ver, header{sealed: true, size: size, exact: true})
+		f.headers.put(n.ver, header{sealed: true, size: size, exact: true, seal: n.seal})
 	}
 	return nil
 }

@@ -124,6 +124,9 @@ func (f *tree) inherit(in *inheritance) {
 		f.table.inherit(n)
 		f.past.inherited = append(f.past.inherited, n)
 	}
+	for _, r := range in.dated {
+		f.table.recall(r.node())
+	}
 	f.groups.inherit(in.images, f.past.inherited)
 	f.handles.open, f.handles.unsure = make(map[uint64]*handle), make(map[uint64]uint64)
 	for _, r := range in.open {
@@ -178,6 +181,9 @@ func (f *tree) renewLedger() {
 	f.groups.mu.Lock()
 	defer f.groups.mu.Unlock()
 	f.ledger.renew(func() (all []note) {
+		for _, n := range f.table.dated() {
+			all = append(all, noteOfNode(n), note{Forget: n.id})
+		}
 		for id, n := range f.table.nodes {
 			if id != rootID {
 				all = append(all, noteOfNode(n))

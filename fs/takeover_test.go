@@ -292,8 +292,10 @@ func TestTakeoverOfChangedTree(t *testing.T) {
 	w := newWorld(t)
 	w.seal("f", string(pages(8, 'a')))
 	w.seal("gone", "secret")
+	w.seal("touched", "secret")
 	first := serveWorld(w, nil)
 	w.read("gone", "secret")
+	touched := statOf(t, w.at("touched"))
 	old := start(t, "pages", w.at("f"))
 	old.says("open")
 	old.page(0)
@@ -301,11 +303,13 @@ func TestTakeoverOfChangedTree(t *testing.T) {
 	first.kill()
 
 	w.replace("f", w.sealAs("f", pages(6, 'b')))
-	w.must(os.Remove(filepath.Join(w.src, "gone")))
+	later := time.Now().Add(time.Minute)
+	w.must(os.Remove(filepath.Join(w.src, "gone")), os.Chtimes(filepath.Join(w.src, "touched"), later, later))
 	second := serveWorld(w, first)
 	eventually(t, "the new size", func() bool { return statOf(t, w.at("f")).Size == 6*pageSize })
 	w.read("f", string(pages(6, 'b')))
 	w.refuse("gone", unix.ENOENT)
+	w.read("touched", "secret")
 	old.page(0)
 	old.says(onPage(0, 'a'))
 	old.page(1)
@@ -316,6 +320,9 @@ func TestTakeoverOfChangedTree(t *testing.T) {
 	for range 2 {
 		last.kill()
 		last = serveWorld(w, last)
+		if st := statOf(t, w.at("touched")); st.Mtim != touched.Mtim {
+			t.Errorf("mtime moved with a touch, from %d to %d", touched.Mtim.Nano(), st.Mtim.Nano())
+		}
 		w.seal("new", "later")
 		w.read("new", "later")
 		old.page(0)

@@ -3,6 +3,7 @@ package sealed
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,7 +35,7 @@ func parseBlob(src *source) (*parsed, error) {
 		text = inner
 	}
 	if size, ok := blobBound(text); ok {
-		return &parsed{File: File{Kind: Blob, Size: size}, blob: text}, nil
+		return &parsed{File: File{Kind: Blob, Size: size, Seal: sha256.Sum256(text)}, blob: text}, nil
 	}
 	if nearlyBlob(text) {
 		return nil, damaged("it is a KMS blob but for a few bytes")

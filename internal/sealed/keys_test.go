@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -314,7 +315,7 @@ func TestBlob(t *testing.T) {
 			"the API's whole reply": `{"Response":` + string(asJSON) + `}`,
 		} {
 			f := parse(t, []byte(file))
-			if f.Kind != sealed.Blob || f.Size < int64(n) || f.Size > 4096 || f.Stanzas != nil {
+			if f.Kind != sealed.Blob || f.Size < int64(n) || f.Size > 4096 || f.Stanzas != nil || f.Seal != sha256.Sum256(bytes.TrimSpace(out.Bytes())) {
 				t.Errorf("%d bytes, %s: parsed as %+v", n, what, f)
 			}
 			// The first key does not make blobs, the second is of another service.

@@ -1,6 +1,7 @@
 package sealed
 
 import (
+	"crypto/sha256"
 	"io"
 )
 
@@ -54,7 +55,7 @@ func parseAge(src *source) (*parsed, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &parsed{header: h, File: File{Kind: Age, Stanzas: h.stanzas, Header: len(h.raw)}}
+	p := &parsed{header: h, File: File{Kind: Age, Stanzas: h.stanzas, Header: len(h.raw), Seal: sha256.Sum256(h.raw)}}
 	if p.Binding, err = bindingOf(h.stanzas); err != nil {
 		return nil, err
 	}

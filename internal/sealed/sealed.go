@@ -5,6 +5,7 @@ package sealed
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -50,6 +51,10 @@ type File struct {
 	Binding keyring.Context  // what a kmsfs stanza binds the file to; nil when unbound or a blob
 	Size    int64            // plaintext bytes: exact for Age, the upper bound for Blob
 	Header  int              // bytes of age header, without armor; 0 for a blob
+
+	// Seal is the hash of the header, or of the blob. Each sealing makes another one, so two
+	// files with the same hold the same plaintext, unless one of them is damaged.
+	Seal [sha256.Size]byte
 }
 
 // Parse reads what a key is not needed for from the first size bytes of r: the

@@ -326,6 +326,21 @@ func TestStanzasAreReported(t *testing.T) {
 	}
 }
 
+// TestSealIsOfOneSealing: it tells whether content is the same, without a key.
+func TestSealIsOfOneSealing(t *testing.T) {
+	b := newBench(t)
+	for _, s := range []sealed.Sealer{{}, {Armor: true}} {
+		one, two := b.seal(s, []byte("text")), b.seal(s, []byte("text"))
+		first := parse(t, one).Seal
+		if again := parse(t, bytes.Clone(one)).Seal; again != first || again == [len(first)]byte{} {
+			t.Errorf("armor %v: a copy has %x, not %x", s.Armor, again, first)
+		}
+		if parse(t, two).Seal == first {
+			t.Errorf("armor %v: sealed twice, both have %x", s.Armor, first)
+		}
+	}
+}
+
 func TestSealRefuses(t *testing.T) {
 	b := newBench(t)
 	plain := b.buffer([]byte("x"))
