@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
+	"kmsfs/fs"
 	"kmsfs/internal/config"
 	"kmsfs/internal/control"
 	"kmsfs/internal/secmem"
@@ -154,6 +156,8 @@ func checkConfig(ctx context.Context, name string) []finding {
 	}
 	if _, err := realPath(cfg.Source); err != nil {
 		all = append(all, failing(err))
+	} else {
+		all = append(all, checkGroups(cfg)...)
 	}
 	arena, err := newArena(sessionMemory, leastSessionMemory)
 	if err != nil {
@@ -173,6 +177,25 @@ func checkConfig(ctx context.Context, name string) []finding {
 			all = append(all, failing(err))
 		} else {
 			all = append(all, finding{"ok", k.URI + " works", ""})
+		}
+	}
+	return all
+}
+
+// checkGroups looks for members that cannot be switched together: a tree that is mounted
+// serves on when one of its members becomes such a thing, but does not start with it.
+func checkGroups(cfg *config.Config) (all []finding) {
+	var found spots
+	defer found.Close()
+	for _, g := range cfg.Groups {
+		for _, name := range g.Files {
+			s, err := found.find(filepath.Join(cfg.Source, name))
+			if err != nil {
+				continue // a member may be missing
+			}
+			if info, err := s.root.Lstat(s.name); err == nil && !info.Mode().IsRegular() {
+				all = append(all, failing(groupError(fmt.Errorf("group: %s %w: it is no regular file", name, fs.ErrGroup))))
+			}
 		}
 	}
 	return all

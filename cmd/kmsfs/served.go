@@ -126,13 +126,17 @@ func mountError(err error) error {
 	case errors.Is(err, fs.ErrMounted):
 		return fmt.Errorf("%w: %w", errMounted, err)
 	case errors.Is(err, fs.ErrGroup):
-		return withHint(fmt.Errorf("%w: %w", errMountFailed, err), "name regular files in [[group]], or files that are still to come; links and directories cannot be held")
+		return groupError(fmt.Errorf("%w: %w", errMountFailed, err))
 	case errors.Is(err, os.ErrPermission):
 		return withHint(fmt.Errorf("%w: %w", errMountFailed, err), "mount as root; an ordinary user needs fusermount3, and user_allow_other in /etc/fuse.conf for allow_other")
 	case errors.Is(err, syscall.ENODEV), errors.Is(err, os.ErrNotExist):
 		return withHint(fmt.Errorf("%w: %w", errMountFailed, err), "is /dev/fuse there (modprobe fuse), and the mountpoint?")
 	}
 	return fmt.Errorf("%w: %w", errMountFailed, err)
+}
+
+func groupError(err error) error {
+	return withHint(err, "name regular files in [[group]], or files that are still to come; links and directories cannot be held")
 }
 
 // ready tells everybody who waits for the mount.
