@@ -148,16 +148,16 @@ func (f *tree) notifyBy(messages [][]byte) (results []error, killed bool) {
 	defer alive.Close()
 	var said bytes.Buffer
 	conn := "0"
-	attr := &syscall.SysProcAttr{}
+	var signal syscall.Signal
 	if f.ledger == nil {
 		conn = strconv.FormatUint(f.dev.Load(), 10)
 	} else { // the thread is its parent: with it, it dies
-		attr.Pdeathsig = syscall.SIGKILL
+		signal = syscall.SIGKILL
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 	}
-	cmd := &exec.Cmd{Path: f.o.Poker, Args: []string{"kmsfs", PokerVerb, notifierMode, conn}, Env: []string{"GOMAXPROCS=1"}, Dir: "/",
-		Stdin: bytes.NewReader(bytes.Join(messages, nil)), Stdout: &said, ExtraFiles: []*os.File{device, life}, SysProcAttr: attr}
+	cmd := f.helper([]string{notifierMode, conn}, signal, device, life)
+	cmd.Stdin, cmd.Stdout = bytes.NewReader(bytes.Join(messages, nil)), &said
 	err = f.helpers.run(cmd, nil)
 	for b := said.Bytes(); len(b) >= 4; b = b[4:] {
 		if no := syscall.Errno(binary.NativeEndian.Uint32(b)); no != 0 {
@@ -231,6 +231,13 @@ type helpers struct {
 	mu      sync.Mutex
 	running map[*os.Process]bool
 	stopped bool
+}
+
+// helper returns a command that runs [PokerMain] with files from descriptor 3 on. It gets the
+// signal when the thread that starts it ends; 0: none.
+func (f *tree) helper(args []string, signal syscall.Signal, files ...*os.File) *exec.Cmd {
+	return &exec.Cmd{Path: f.o.Poker, Args: append([]string{"kmsfs", PokerVerb}, args...), Env: []string{"GOMAXPROCS=1"}, Dir: "/",
+		ExtraFiles: files, SysProcAttr: &syscall.SysProcAttr{Pdeathsig: signal}}
 }
 
 // run starts cmd, calls started, and waits for its end. It does not take longer than

@@ -364,8 +364,8 @@ func (h *herald) poke(r *round, moves []move) error {
 	defer in.Close()
 	defer out.Close()
 	var said bytes.Buffer
-	cmd := &exec.Cmd{Path: h.f.o.Poker, Args: []string{"kmsfs", PokerVerb}, Env: []string{"GOMAXPROCS=1"}, Dir: "/",
-		Stdin: in, Stderr: &said, ExtraFiles: []*os.File{twin}, SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}}
+	cmd := h.f.helper(nil, syscall.SIGKILL, twin)
+	cmd.Stdin, cmd.Stderr = in, &said
 	err = h.f.helpers.run(cmd, func(p *os.Process) {
 		r.pid.Store(int64(p.Pid))
 		_ = in.Close()
