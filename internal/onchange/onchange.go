@@ -84,6 +84,7 @@ type Runner struct {
 
 	looking sync.Mutex
 	known   inventory // what there was at the last look; nil: nobody wants to know
+	life    int       // of known: it counts how often that was forgotten
 }
 
 // A State is how a command does.
@@ -162,8 +163,9 @@ func (r *Runner) begin() {
 // forget drops everything that was noted.
 func (r *Runner) forget() {
 	r.looking.Lock()
+	defer r.looking.Unlock()
 	r.known = nil
-	r.looking.Unlock()
+	r.life++
 	r.mu.Lock()
 	clear(r.places)
 	clear(r.pending)
@@ -296,7 +298,7 @@ func (r *Runner) due() (command, changed []string) {
 // attempt runs the command and decides what follows from that.
 func (r *Runner) attempt(command, changed []string) {
 	r.looking.Lock()
-	seen := r.known.encode()
+	seen, life := r.known.encode(), r.life
 	r.looking.Unlock()
 	r.o.Log.Info("on_change: running", "command", command, "changed", len(changed))
 	err := r.do(r.ctx, command, changed)
@@ -307,8 +309,12 @@ func (r *Runner) attempt(command, changed []string) {
 		r.state.Running = false
 		return
 	}
-	if err == nil && r.State().Command != nil {
-		r.remember(seen)
+	if err == nil {
+		r.looking.Lock()
+		if r.life == life { // else it was to be forgotten meanwhile
+			r.remember(seen)
+		}
+		r.looking.Unlock()
 	}
 	r.finished(changed, err)
 	if r.o.Told != nil {

@@ -281,6 +281,43 @@ func TestNoCommand(t *testing.T) {
 	})
 }
 
+// TestNoCommandDuringARun: what a run has seen is not remembered when nobody wants to know it
+// any more, not even when somebody wants to know again what there is now.
+func TestNoCommandDuringARun(t *testing.T) {
+	for name, next := range map[string][]string{"none": nil, "another": {"restart"}} {
+		t.Run(name, func(t *testing.T) {
+			g := &garden{}
+			g.set("a=1", "b=1")
+			o := Options{Look: g.look, Memory: filepath.Join(t.TempDir(), "memory"), Log: slog.New(slog.DiscardHandler)}
+			var runs []string
+			life := func(during func(r *Runner)) {
+				synctest.Test(t, func(t *testing.T) {
+					r := New(o)
+					r.do = func(_ context.Context, _, changed []string) error {
+						runs = append(runs, strings.Join(changed, " "))
+						during(r)
+						return nil
+					}
+					r.Start([]string{"reload"})
+					g.change(r, "a=2")
+					time.Sleep(time.Minute)
+					r.Stop()
+					r.Wait()
+				})
+			}
+			life(func(r *Runner) {
+				r.SetCommand(nil)
+				g.change(r, "b=2")
+				r.SetCommand(next)
+			})
+			life(func(*Runner) {})
+			if !slices.Equal(runs, []string{"a"}) {
+				t.Errorf("ran about %q, want a alone", runs)
+			}
+		})
+	}
+}
+
 // TestStop: nothing is started any more.
 func TestStop(t *testing.T) {
 	tried(t, func(tr *trial) {
