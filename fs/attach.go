@@ -133,15 +133,17 @@ func (f *tree) mountTable() string {
 
 // attachFrom mounts what o says, over src or elsewhere.
 func attachFrom(src *source, o *Options) (*Mounted, error) {
-	if err := ClearStale(o.Mountpoint); err != nil {
-		return nil, err
-	}
-	if err := checkPlace(src, o.Mountpoint); err != nil {
-		return nil, err
-	}
-	made, err := attach(o, src.name)
+	made, err := attachBeneath(o, src.name)
 	if err != nil {
-		return nil, err
+		if err := ClearStale(o.Mountpoint); err != nil {
+			return nil, err
+		}
+		if err := checkPlace(src, o.Mountpoint); err != nil {
+			return nil, err
+		}
+		if made, err = attach(o, src.name); err != nil {
+			return nil, err
+		}
 	}
 	m := &Mounted{Device: os.NewFile(uintptr(made.device), "/dev/fuse"), Twin: twinFile(made.twin)}
 	// The uppermost at the mountpoint, which was looked at before anybody could cover it.
@@ -169,6 +171,14 @@ const maxRead = 128 << 10
 type attachment struct {
 	device int // of the connection; the kernel waits for the first answer on it
 	twin   int // a detached copy of the mount, or -1
+}
+
+func (a attachment) close() {
+	for _, fd := range []int{a.device, a.twin} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
 }
 
 // attach opens the FUSE device and mounts it, read-only for everybody. The file system
@@ -204,8 +214,40 @@ func withDevice(do func(device int) (twin int, err error)) (attachment, error) {
 	return attachment{fd, twin}, nil
 }
 
+// attachBeneath mounts below a dead mount that lies over its own source, and takes that away
+// then (Linux 6.5): in between there would be sealed files to be seen. If it fails, nothing is
+// there that was not, but another dead mount.
+func attachBeneath(o *Options, fsname string) (attachment, error) {
+	none := attachment{-1, -1}
+	stale, err := staleAt(o.Mountpoint)
+	if err != nil {
+		return none, err
+	}
+	if stale == 0 || fsname != o.Mountpoint {
+		return none, errors.New("there is nothing to mount beneath")
+	}
+	made, err := attachAside(o, fsname, moveMountBeneath)
+	if err != nil {
+		return none, err
+	}
+	all, err := mountinfo.Read(mountinfo.Self)
+	if top, ok := topMount(all, o.Mountpoint); ok && top.ID == stale {
+		err = detachStale(o.Mountpoint)
+	}
+	if err != nil {
+		made.close()
+		return none, err
+	}
+	return made, nil
+}
+
 // attachNew makes the mount aside, so that it is read-only when it appears.
-func attachNew(o *Options, fsname string) (attachment, error) {
+func attachNew(o *Options, fsname string) (attachment, error) { return attachAside(o, fsname, 0) }
+
+// moveMountBeneath is MOVE_MOUNT_BENEATH of linux/mount.h, Linux 6.5.
+const moveMountBeneath = 0x200
+
+func attachAside(o *Options, fsname string, how int) (attachment, error) {
 	return withDevice(func(device int) (twin int, err error) {
 		mount, err := detachedMount(o, fsname, device)
 		if err != nil {
@@ -213,7 +255,7 @@ func attachNew(o *Options, fsname string) (attachment, error) {
 		}
 		defer unix.Close(mount)
 		// mount(2) follows a link at the end, too.
-		if err := unix.MoveMount(mount, "", unix.AT_FDCWD, o.Mountpoint, unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS); err != nil {
+		if err := unix.MoveMount(mount, "", unix.AT_FDCWD, o.Mountpoint, unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS|how); err != nil {
 			return -1, fmt.Errorf("move_mount: %w", err)
 		}
 		return cloneMount(mount, "", unix.AT_EMPTY_PATH), nil

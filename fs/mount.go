@@ -23,28 +23,50 @@ const probeTimeout = 2 * time.Second
 // gives an error wrapping [ErrMounted]; any other file system is left alone.
 func ClearStale(mountpoint string) error {
 	for range 16 {
-		all, err := mountinfo.Read(mountinfo.Self)
-		if err != nil {
+		stale, err := staleAt(mountpoint)
+		if stale == 0 || err != nil {
 			return err
 		}
-		top, ok := topMount(all, filepath.Clean(mountpoint))
-		if !ok || top.Type != mountType {
-			return nil
-		}
-		err = probe(mountpoint)
-		switch {
-		case err == nil:
-			return fmt.Errorf("%s: %w", mountpoint, ErrMounted)
-		case errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED):
-			err := unix.Unmount(mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-			if err != nil && !errors.Is(err, unix.EINVAL) { // others did so meanwhile
-				return fmt.Errorf("detach the dead mount at %s: %w", mountpoint, err)
-			}
-		default:
-			return fmt.Errorf("%s: %w, and does not answer: %w", mountpoint, ErrMounted, err)
+		if err := detachStale(mountpoint); err != nil {
+			return err
 		}
 	}
 	return fmt.Errorf("%s: too many dead mounts on top of each other", mountpoint)
+}
+
+// Stale reports whether the uppermost at mountpoint is a mount of ours whose daemon is gone.
+// One that is alive gives an error wrapping [ErrMounted].
+func Stale(mountpoint string) (bool, error) {
+	stale, err := staleAt(mountpoint)
+	return stale != 0, err
+}
+
+// staleAt returns the id of that mount in the mount table, 0 when there is none.
+func staleAt(mountpoint string) (id int, err error) {
+	all, err := mountinfo.Read(mountinfo.Self)
+	if err != nil {
+		return 0, err
+	}
+	top, ok := topMount(all, filepath.Clean(mountpoint))
+	if !ok || top.Type != mountType {
+		return 0, nil
+	}
+	err = probe(mountpoint)
+	switch {
+	case err == nil:
+		return 0, fmt.Errorf("%s: %w", mountpoint, ErrMounted)
+	case errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED):
+		return top.ID, nil
+	}
+	return 0, fmt.Errorf("%s: %w, and does not answer: %w", mountpoint, ErrMounted, err)
+}
+
+func detachStale(mountpoint string) error {
+	err := unix.Unmount(mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	if err != nil && !errors.Is(err, unix.EINVAL) { // others did so meanwhile
+		return fmt.Errorf("detach the dead mount at %s: %w", mountpoint, err)
+	}
+	return nil
 }
 
 // probe asks the mount at path whether it lives. It does not wait for a daemon

@@ -93,19 +93,41 @@ func realParent(path string) (string, error) {
 // openHidden opens the directory that a mount of ours at point lies over: in a
 // mount namespace that only one thread is in, the mount is taken away. Paths
 // beneath the returned directory lead below the mount for the whole process.
-func openHidden(point string) (*os.File, error) {
-	type result struct {
-		dir *os.File
-		err error
-	}
-	done := make(chan result)
+func openHidden(point string) (dir *os.File, err error) {
+	onOwnThread(func() { dir, err = openBelowMount(point) })
+	return dir, err
+}
+
+// onOwnThread runs do on a thread that ends with it. That is not the first of the process,
+// which cannot end, and whose namespace /proc/self shows.
+func onOwnThread(do func()) {
+	done := make(chan struct{})
 	go func() {
-		runtime.LockOSThread() // for good: the thread ends with its namespace
-		dir, err := openBelowMount(point)
-		done <- result{dir, err}
+		defer close(done)
+		runtime.LockOSThread() // for good, but in the first
+		if unix.Gettid() == unix.Getpid() {
+			defer runtime.UnlockOSThread()
+			onOwnThread(do) // on another: this one is taken
+			return
+		}
+		do()
 	}()
-	r := <-done
-	return r.dir, r.err
+	<-done
+}
+
+// openBeneath is openHidden for a directory in which nothing else is mounted: what is would
+// not be seen in it.
+func openBeneath(point string) (*os.File, error) {
+	all, err := mounts()
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range all {
+		if m.Point != point && within(point, m.Point) {
+			return nil, fmt.Errorf("%s has a mount in it, at %s", point, m.Point)
+		}
+	}
+	return openHidden(point)
 }
 
 func openBelowMount(point string) (*os.File, error) {

@@ -97,7 +97,15 @@ func (d *served) checkSource() error {
 // openUncovered opens the directory of the sealed files, which the mount may then cover.
 // A dead mount is cleared for it, last of all: what lies below one over its own source is
 // ciphertext, which a program could take for its content.
+// Where it can be mounted over from beneath, it is left for that.
 func openUncovered(cfg *config.Config) (*os.File, error) {
+	if cfg.Source == cfg.Mountpoint {
+		if stale, err := fs.Stale(cfg.Mountpoint); err == nil && stale {
+			if dir, err := openBeneath(cfg.Source); err == nil {
+				return dir, nil
+			}
+		}
+	}
 	if err := fs.ClearStale(cfg.Mountpoint); err != nil {
 		return nil, mountError(err)
 	}
