@@ -311,6 +311,32 @@ func TestBurstOfChanges(t *testing.T) {
 	}
 }
 
+// TestMadeAgain: a name that was made, written to, removed and made again is no link because
+// the first has not been closed for a while.
+func TestMadeAgain(t *testing.T) {
+	w := newWorld(t)
+	w.write("f", nil)
+	w.mount()
+	watch := w.fs.t.watch
+	made := func() int {
+		watch.mu.Lock()
+		defer watch.mu.Unlock()
+		return watch.made["f"]
+	}
+	const first, second = 6, 7
+	watch.mu.Lock()
+	watch.made["f"] = second
+	watch.mu.Unlock()
+	watch.reportLink("f", first)
+	if made() != second {
+		t.Error("it passes for a link before its time")
+	}
+	watch.reportLink("f", second)
+	if made() != 0 {
+		t.Error("it does not pass for a link when it should")
+	}
+}
+
 // TestGroupIsTold: who watches members of a group is told when they are switched, not before.
 func TestGroupIsTold(t *testing.T) {
 	w := newWorld(t, func(o *Options) { o.Groups = []Group{{Files: []string{"d/crt", "d/key"}, Settle: time.Hour}} })

@@ -31,8 +31,9 @@ type watcher struct {
 	byWD map[int32][]*watched
 	full bool // the limit was hit and logged
 
-	made    map[string]bool // names that have appeared, perhaps to be written to; used by read and later
-	buf     []byte          // for events; guarded by groups.seeing
+	made    map[string]int // names that have appeared, perhaps to be written to, and as which of all
+	births  int            // of these names, so far
+	buf     []byte         // for events; guarded by groups.seeing
 	running sync.WaitGroup
 	queue   work // of paths to look at
 	changed work // of paths to tell Options.Changed
@@ -52,7 +53,7 @@ const watchMask = unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_CLOSE_WRITE | 
 const recheckAfter = 100 * time.Millisecond
 
 func newWatcher(f *tree) *watcher {
-	w := &watcher{f: f, dirs: make(map[string]*watched), byWD: make(map[int32][]*watched), made: make(map[string]bool)}
+	w := &watcher{f: f, dirs: make(map[string]*watched), byWD: make(map[int32][]*watched), made: make(map[string]int)}
 	w.queue.init()
 	w.changed.init()
 	if remote(f.src.fd) {
@@ -324,8 +325,10 @@ func (w *watcher) report(p string, mask uint32) {
 	switch {
 	case toWrite:
 		x.born, x.certain = true, false
-		w.made[p] = true
-		time.AfterFunc(linkedAfter, func() { w.reportLink(p) })
+		w.births++
+		birth := w.births
+		w.made[p] = birth
+		time.AfterFunc(linkedAfter, func() { w.reportLink(p, birth) })
 	case mask&(unix.IN_CREATE|unix.IN_MOVED_TO) != 0:
 		x.born = true
 		delete(w.made, p)
@@ -337,10 +340,13 @@ func (w *watcher) report(p string, mask uint32) {
 	w.f.herald.tell(p, x)
 }
 
-func (w *watcher) reportLink(p string) {
+// reportLink is report for a name that nobody has closed or made again since its birth.
+func (w *watcher) reportLink(p string, birth int) {
 	w.mu.Lock()
-	linked := w.made[p]
-	delete(w.made, p)
+	linked := w.made[p] == birth
+	if linked {
+		delete(w.made, p)
+	}
 	w.mu.Unlock()
 	if linked {
 		w.f.herald.tell(p, news{certain: true})
