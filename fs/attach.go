@@ -57,7 +57,7 @@ func Equip(mountpoint string, dev uint64) (*Mounted, error) {
 		if e.Dev != dev || e.Type != mountType || e.Point != filepath.Clean(mountpoint) {
 			continue
 		}
-		if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {
+		if top, ok := mountinfo.Top(all, e.Point); ok && top.ID == e.ID {
 			m.Twin = twinFile(cloneMount(unix.AT_FDCWD, e.Point, 0))
 			m.unlock()
 		}
@@ -152,7 +152,7 @@ func attachFrom(src *source, o *Options) (*Mounted, error) {
 		m.Close()
 		return nil, err
 	}
-	top, ok := topMount(all, o.Mountpoint)
+	top, ok := mountinfo.Top(all, o.Mountpoint)
 	if !ok || top.Type != mountType {
 		m.Close()
 		return nil, fmt.Errorf("mount %s: it is not in the mount table", o.Mountpoint)
@@ -231,7 +231,7 @@ func attachBeneath(o *Options, fsname string) (attachment, error) {
 		return none, err
 	}
 	all, err := mountinfo.Read(mountinfo.Self)
-	if top, ok := topMount(all, o.Mountpoint); ok && top.ID == stale {
+	if top, ok := mountinfo.Top(all, o.Mountpoint); ok && top.ID == stale {
 		err = detachStale(o.Mountpoint)
 	}
 	if err != nil {

@@ -11,6 +11,9 @@ import (
 	"kmsfs/internal/mountinfo"
 )
 
+// mountType is how the kernel and mountinfo call our mounts.
+const mountType = mountinfo.KMSFS
+
 // ErrMounted reports that a live kmsfs mount is at the mountpoint already.
 var ErrMounted = errors.New("a kmsfs mount is there already")
 
@@ -47,7 +50,7 @@ func staleAt(mountpoint string) (id int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	top, ok := topMount(all, filepath.Clean(mountpoint))
+	top, ok := mountinfo.Top(all, filepath.Clean(mountpoint))
 	if !ok || top.Type != mountType {
 		return 0, nil
 	}

@@ -186,7 +186,7 @@ func (f *tree) detach() error {
 		if m.ID != f.mountID || m.Dev != f.dev.Load() {
 			continue
 		}
-		if top, ok := topMount(all, m.Point); !ok || top.ID != m.ID {
+		if top, ok := mountinfo.Top(all, m.Point); !ok || top.ID != m.ID {
 			return fmt.Errorf("unmount %s: another mount lies over it", m.Point)
 		}
 		err := unix.Unmount(m.Point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)

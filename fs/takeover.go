@@ -104,7 +104,7 @@ func (f *tree) recognize(m *mountNote) error {
 				return nil
 			}
 			var twin *os.File
-			if top, ok := topMount(all, e.Point); ok && top.ID == e.ID {
+			if top, ok := mountinfo.Top(all, e.Point); ok && top.ID == e.ID {
 				twin = twinFile(cloneMount(unix.AT_FDCWD, e.Point, 0))
 			}
 			f.equip(twin, nil)

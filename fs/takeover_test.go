@@ -380,7 +380,7 @@ func TestNotTaken(t *testing.T) {
 			old.says(`"" ENOTCONN`)
 			all, err := mountinfo.Read(mountinfo.Self)
 			w.must(err)
-			if m, ok := topMount(all, w.mnt); ok {
+			if m, ok := mountinfo.Top(all, w.mnt); ok {
 				t.Errorf("still mounted: %v", m)
 			}
 		})

@@ -5,7 +5,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -21,17 +20,13 @@ func mounts() ([]mountinfo.Mount, error) { return mountinfo.Read(mountinfo.Self)
 
 // mountAt returns what is on top at exactly path.
 func mountAt(path string) (mountinfo.Mount, bool, error) {
-	return lastMountAt(mountinfo.Self, path)
+	return topMountAt(mountinfo.Self, path)
 }
 
-func lastMountAt(table, path string) (mountinfo.Mount, bool, error) {
+func topMountAt(table, path string) (mountinfo.Mount, bool, error) {
 	all, err := mountinfo.Read(table)
-	for _, m := range slices.Backward(all) {
-		if m.Point == path {
-			return m, true, nil
-		}
-	}
-	return mountinfo.Mount{}, false, err
+	top, ok := mountinfo.Top(all, path)
+	return top, ok, err
 }
 
 // coveringMount returns the mount of ours that path lies in, if any.
@@ -40,13 +35,14 @@ func coveringMount(path string) (mountinfo.Mount, bool, error) {
 	if err != nil {
 		return mountinfo.Mount{}, false, err
 	}
-	var best mountinfo.Mount
+	var nearest string
 	for _, m := range all {
-		if within(m.Point, path) && len(m.Point) >= len(best.Point) {
-			best = m
+		if within(m.Point, path) && len(m.Point) > len(nearest) {
+			nearest = m.Point
 		}
 	}
-	return best, best.Type == mountType, nil
+	top, _ := mountinfo.Top(all, nearest)
+	return top, top.Type == mountType, nil
 }
 
 // within reports whether path is dir or lies beneath it.
@@ -158,7 +154,7 @@ func openBelowMount(point string) (*os.File, error) {
 
 // threadMountAt is mountAt in the namespace of the calling thread.
 func threadMountAt(point string) (mountinfo.Mount, bool, error) {
-	return lastMountAt("/proc/thread-self/mountinfo", point)
+	return topMountAt("/proc/thread-self/mountinfo", point)
 }
 
 func hiddenError(point string, err error) error {

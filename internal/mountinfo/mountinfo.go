@@ -44,6 +44,22 @@ func Read(file string) ([]Mount, error) {
 	return all, nil
 }
 
+// Top returns the mount at point that no other at point covers.
+func Top(all []Mount, point string) (Mount, bool) {
+	covered := make(map[int]bool)
+	for _, m := range all {
+		if m.Point == point && m.Under != m.ID { // the first of all is its own parent
+			covered[m.Under] = true
+		}
+	}
+	for _, m := range all {
+		if m.Point == point && !covered[m.ID] {
+			return m, true
+		}
+	}
+	return Mount{}, false
+}
+
 // Parse reads lines of mountinfo; one that is not of its form is passed over.
 func Parse(r io.Reader) ([]Mount, error) {
 	var all []Mount

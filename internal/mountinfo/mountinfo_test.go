@@ -21,3 +21,19 @@ func TestParse(t *testing.T) {
 		t.Errorf("got %+v, %v", all, err)
 	}
 }
+
+// TestTop: a mount that was put beneath another is listed after it.
+func TestTop(t *testing.T) {
+	all := []Mount{
+		{ID: 1, Under: 1, Point: "/"},
+		{ID: 20, Under: 1, Point: "/mnt"},
+		{ID: 21, Under: 22, Point: "/mnt"},
+		{ID: 22, Under: 20, Point: "/mnt"},
+		{ID: 23, Under: 21, Point: "/mnt/below"},
+	}
+	for point, want := range map[string]int{"/": 1, "/mnt": 21, "/mnt/below": 23, "/none": 0} {
+		if m, ok := Top(all, point); m.ID != want || ok != (want != 0) {
+			t.Errorf("%s: %d, %v; want %d", point, m.ID, ok, want)
+		}
+	}
+}
