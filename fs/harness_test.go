@@ -28,6 +28,7 @@ import (
 	"kmsfs/internal/keyring"
 	"kmsfs/internal/localkey"
 	"kmsfs/internal/mountinfo"
+	"kmsfs/internal/overheard"
 	"kmsfs/internal/policy"
 	"kmsfs/internal/sealed"
 	"kmsfs/internal/secmem"
@@ -134,7 +135,7 @@ type world struct {
 	mnt  string
 	keys *testKeys
 	fs   *FS
-	log  *syncBuffer
+	log  *overheard.Text
 	o    Options
 
 	arena *secmem.Arena
@@ -161,7 +162,7 @@ func newWorld(t testing.TB, opts ...func(*Options)) *world {
 	}
 	t.Cleanup(func() { _ = arena.Close() })
 	w := &world{t: t, src: filepath.Join(base, "src"), mnt: filepath.Join(base, "mnt"), arena: arena,
-		log: &syncBuffer{}, audit: &records{}}
+		log: new(overheard.Text), audit: &records{}}
 	w.must(os.Mkdir(w.src, 0o755), os.Mkdir(w.mnt, 0o755))
 	key := filepath.Join(base, "cmk")
 	w.must(localkey.Generate(key))
@@ -389,24 +390,6 @@ func (r *records) last() audit.Record {
 		return audit.Record{}
 	}
 	return r.all[len(r.all)-1]
-}
-
-// syncBuffer is a log that may be read while it is written.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
 }
 
 func rules(t testing.TB, deny bool, list ...policy.Rule) *policy.Policy {

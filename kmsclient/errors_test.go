@@ -13,11 +13,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"kmsfs/internal/keyring"
+	"kmsfs/internal/overheard"
 	"kmsfs/kmsclient/kmstest"
 )
 
@@ -108,26 +108,11 @@ func checkRefusal(t *testing.T, action string, err error, code string, want erro
 	}
 }
 
-// logged collects what a client logs.
-type logged struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (l *logged) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logged) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
+// logged is what a client logs.
+type logged struct{ overheard.Text }
 
 func (l *logged) logger() *slog.Logger {
-	return slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	return slog.New(slog.NewTextHandler(&l.Text, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
 // leaks reports whether text holds any 8 bytes of secret, raw or in base64.

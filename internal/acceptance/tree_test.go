@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"kmsfs/internal/overheard"
 )
 
 // kmsfs is the command under test, built once.
@@ -100,7 +102,7 @@ func (tr *tree) serve(args ...string) {
 	t := tr.t
 	t.Helper()
 	daemon := exec.Command(kmsfs, args...)
-	log := new(syncBuffer)
+	log := new(overheard.Text)
 	daemon.Stdout, daemon.Stderr, daemon.Env = log, log, tr.env
 	daemon.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := daemon.Start(); err != nil {
@@ -281,14 +283,14 @@ func output(t *testing.T, cmd *exec.Cmd) string {
 type server struct {
 	*exec.Cmd
 	t     *testing.T
-	log   *syncBuffer
+	log   *overheard.Text
 	ended chan struct{}
 }
 
 // serve starts a server; what it printed is shown when the test fails.
 func serve(t *testing.T, cmd *exec.Cmd) *server {
 	t.Helper()
-	s := &server{Cmd: cmd, t: t, log: new(syncBuffer), ended: make(chan struct{})}
+	s := &server{Cmd: cmd, t: t, log: new(overheard.Text), ended: make(chan struct{})}
 	if cmd.Stdout == nil {
 		cmd.Stdout = s.log
 	}

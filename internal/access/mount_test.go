@@ -11,13 +11,13 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"kmsfs/internal/audit"
 	"kmsfs/internal/control"
+	"kmsfs/internal/overheard"
 )
 
 // secret is what every sealed file holds.
@@ -176,7 +176,7 @@ func (tr *tree) mount() { tr.start(tr.command("mount", "-c", tr.conf)) }
 func (tr *tree) start(daemon *exec.Cmd) {
 	t := tr.t
 	t.Helper()
-	said := &syncBuffer{}
+	said := new(overheard.Text)
 	daemon.Stdout, daemon.Stderr = said, said
 	tr.must(daemon.Start())
 	ended := make(chan error, 1)
@@ -266,24 +266,6 @@ func (p process) open(t *testing.T, path string) string {
 		t.Errorf("%s: %v", name, err)
 	}
 	return strings.TrimSpace(out.String())
-}
-
-// A syncBuffer may be written to and read at once.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
 }
 
 func pid() string { return strconv.Itoa(os.Getpid()) }

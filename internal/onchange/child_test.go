@@ -11,36 +11,19 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/internal/overheard"
 )
 
 // patience is how long anything may take on a busy machine.
 const patience = 60 * time.Second
 
-// A journal is a log that a test reads.
-type journal struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (j *journal) Write(b []byte) (int, error) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.text.Write(b)
-}
-
-func (j *journal) String() string {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.text.String()
-}
-
-func shell(script string) (*child, *journal) {
-	j := &journal{}
+func shell(script string) (*child, *overheard.Text) {
+	j := new(overheard.Text)
 	return &child{args: []string{"sh", "-c", script}, env: []string{"PATH=" + defaultPath}, grace: patience, log: slog.New(slog.NewTextHandler(j, nil))}, j
 }
 

@@ -26,6 +26,7 @@ import (
 	"kmsfs/internal/control"
 	"kmsfs/internal/keyring"
 	"kmsfs/internal/memscan"
+	"kmsfs/internal/overheard"
 	"kmsfs/internal/sealed"
 	"kmsfs/internal/secmem"
 )
@@ -211,7 +212,7 @@ func (w *world) mount(s settings) {
 // A daemon is a running kmsfs mount.
 type daemon struct {
 	cmd   *exec.Cmd
-	log   *syncBuffer
+	log   *overheard.Text
 	ended chan struct{}
 	at    time.Duration // when it ended
 }
@@ -225,7 +226,7 @@ func (d *daemon) state() *os.ProcessState { return d.cmd.ProcessState }
 func (w *world) start(env []string, args ...string) *daemon {
 	t := w.t
 	t.Helper()
-	d := &daemon{cmd: w.kmsfs(args...), log: new(syncBuffer), ended: make(chan struct{})}
+	d := &daemon{cmd: w.kmsfs(args...), log: new(overheard.Text), ended: make(chan struct{})}
 	d.cmd.Env = append(d.cmd.Env, env...)
 	if w.wrap != nil {
 		d.cmd.Path, d.cmd.Args = w.wrap[0], append(w.wrap, d.cmd.Args...)
@@ -460,22 +461,4 @@ func (w *world) worker() int {
 		}
 	}
 	return 0
-}
-
-// A syncBuffer collects what a program prints while it runs.
-type syncBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
 }
