@@ -2,26 +2,37 @@ package secmem
 
 import (
 	"runtime"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
 
-// Do runs f, which decrypts or copies a secret, and removes what of it the
-// thread may still hold afterwards: the content of the vector registers, and
-// the copy of them that a signal in the middle of f has left on the thread's
-// signal stack. f keeps its goroutine on one thread, so it should be short and
-// wait for nothing.
+// Do runs f, which decrypts or copies a secret, and clears the vector registers of the
+// thread afterwards. Until that is done, no signal gets in between: the kernel would store
+// the registers on the thread's signal stack, and the runtime, when it preempts a goroutine,
+// in memory of its own, and nobody wipes either. f keeps its goroutine on one thread,
+// so it should be short and wait for nothing.
 func Do(f func()) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	defer overwriteSignalFrame()
+	var before unix.Sigset_t
+	if unix.PthreadSigmask(unix.SIG_BLOCK, &fromElsewhere, &before) == nil {
+		defer unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil)
+	}
 	defer ClearRegisters()
 	f()
 }
 
-// overwriteSignalFrame sends the calling thread the signal by which the runtime
-// preempts goroutines, and which it ignores when it has not asked for it. The
-// kernel saves the registers, now clear, where it saved them the last time.
-func overwriteSignalFrame() {
-	_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), unix.SIGURG)
+// fromElsewhere holds every signal but those that tell of a fault of the thread itself, which
+// must not be blocked, and those that libc keeps for itself (32 and 33).
+var fromElsewhere = signalsBut(unix.SIGILL, unix.SIGTRAP, unix.SIGABRT, unix.SIGBUS, unix.SIGFPE, unix.SIGSEGV, unix.SIGSYS, 32, 33)
+
+func signalsBut(others ...unix.Signal) (set unix.Sigset_t) {
+	const word = 32 << (^uint(0) >> 63) // bits
+	for s := unix.Signal(1); s <= 64; s++ {
+		if !slices.Contains(others, s) {
+			set.Val[(s-1)/word] |= 1 << ((s - 1) % word)
+		}
+	}
+	return set
 }
