@@ -140,6 +140,41 @@ func TestSandbox(t *testing.T) {
 	}
 }
 
+// TestSandboxNoticesChanges from the moment on at which the unit has started: whoever starts after
+// it has read the old content then.
+func TestSandboxNoticesChanges(t *testing.T) {
+	b := newSandbox(t)
+	for i := range 1000 { // it takes a while to look at them all
+		if err := os.Mkdir(filepath.Join(b.tree, "d", "dir"+strconv.Itoa(i)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	source, err := os.OpenRoot(b.tree)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.Close()
+	ran := filepath.Join(b.dir, "ran")
+	b.configure(t, "source = %q\nkeys = [%q]\n[on_change]\nrun = ['sh', '-c', 'echo >%s']\n", b.tree, "file:"+filepath.Join(b.dir, "cmk"), ran)
+	b.up()
+	if err := source.WriteFile("d/new", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(ran); err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Error("the change was not noticed")
+			break
+		}
+	}
+	if _, said, code := typed("umount", b.tree); code != exitOK {
+		t.Errorf("umount: exit code %d, %s", code, said)
+	}
+	b.end(exitOK)
+}
+
 // TestSandboxUnmounted: an unmount by hand, which happens in another namespace, revokes.
 func TestSandboxUnmounted(t *testing.T) {
 	b := newSandbox(t)

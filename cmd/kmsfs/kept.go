@@ -155,7 +155,6 @@ func (d *served) mountAnew(ctx context.Context, o fs.Options) (err error) {
 	if d.ledger = o.Ledger; d.ledger != nil {
 		d.store()
 	}
-	d.answer(isServed)
 	return nil
 }
 

@@ -147,6 +147,7 @@ func (d *served) ready() {
 		go d.answerAttach()
 	}
 	d.log.Info("mounted", "tree", d.cfg.Name, "source", d.cfg.Source, "mountpoint", d.cfg.Mountpoint)
+	d.answer(isServed) // not before changes are noticed and questions answered
 	d.tellReady(d.statusText())
 	go watchdog(d.answers, d.stopped)
 	if err := detach(); err != nil {
