@@ -1,11 +1,13 @@
 package fs
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	iofs "io/fs"
 	"path"
 	"syscall"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -38,8 +40,9 @@ func (f *tree) lookAt(p string) (Look, error) {
 		if !f.isShown(m) {
 			return Look{}, syscall.ENOENT
 		}
-		return Look{Stamp: stampOf(m.ver)}, nil
+		return Look{Stamp: stampOf(m.head, m.ver)}, nil
 	}
+	now := time.Now() // before the stat, see settledAt
 	var st unix.Stat_t
 	fd, err := f.src.look(p, &st)
 	if err != nil {
@@ -68,11 +71,28 @@ func (f *tree) lookAt(p string) (Look, error) {
 	if _, ok := f.shown(p, st.Mode&unix.S_IFMT); !ok {
 		return Look{}, syscall.ENOENT
 	}
-	return Look{Stamp: stampOf(versionOf(&st))}, nil
+	n := newNode(p, &st)
+	var hd header
+	if st.Mode&unix.S_IFMT == unix.S_IFREG {
+		if hd, fd, err = f.header(n, now, false); err != nil && gone(err) {
+			return Look{}, err
+		}
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+	return Look{Stamp: stampOf(hd, n.ver)}, nil
 }
 
-// stampOf says neither ctime nor owner nor mode: they change without the content.
-func stampOf(v version) string { return fmt.Sprintf("%d %d %d", v.ino, v.size, v.mtime) }
+// stampOf tells the content of a sealed file by its header, and its size. Of any other it says neither ctime
+// nor owner nor mode, which change without the content; a replacement with the same mtime, on an
+// inode that has become free again, cannot be told then.
+func stampOf(hd header, v version) string {
+	if hd.seal != [sha256.Size]byte{} {
+		return fmt.Sprintf("%x %d", hd.seal, v.size)
+	}
+	return fmt.Sprintf("%d %d %d", v.ino, v.size, v.mtime)
+}
 
 // entries lists what is in the directory p of the source, shown or not.
 func (f *tree) entries(p string) (all []fuse.DirEntry, err error) {

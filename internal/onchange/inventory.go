@@ -90,7 +90,7 @@ func gone(p string, looked, unknown map[string]bool) bool {
 }
 
 // memoryVersion is the first line of a memory. Stamps of another one mean something else.
-const memoryVersion = "kmsfs on_change 1"
+const memoryVersion = "kmsfs on_change 2"
 
 // encode writes the inventory down: a line of JSON for each file.
 func (all inventory) encode() []byte {
