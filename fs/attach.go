@@ -134,16 +134,17 @@ func (f *tree) mountTable() string {
 // attachFrom mounts what o says, over src or elsewhere.
 func attachFrom(src *source, o *Options) (*Mounted, error) {
 	made, err := attachBeneath(o, src.name)
-	if err != nil {
+	if errors.Is(err, errNotBeneath) {
 		if err := ClearStale(o.Mountpoint); err != nil {
 			return nil, err
 		}
 		if err := checkPlace(src, o.Mountpoint); err != nil {
 			return nil, err
 		}
-		if made, err = attach(o, src.name); err != nil {
-			return nil, err
-		}
+		made, err = attach(o, src.name)
+	}
+	if err != nil {
+		return nil, err
 	}
 	m := &Mounted{Device: os.NewFile(uintptr(made.device), "/dev/fuse"), Twin: twinFile(made.twin)}
 	// The uppermost at the mountpoint, which was looked at before anybody could cover it.
@@ -189,8 +190,7 @@ func attach(o *Options, fsname string) (attachment, error) {
 	var err error
 	for _, way := range []func(*Options, string) (attachment, error){attachNew, attachOld, attachUnprivileged} {
 		made, err = way(o, fsname)
-		// Before Linux 5.2; filtered away, or not root; a source with a name of more than 255 bytes.
-		if !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EINVAL) {
+		if !unsupported(err) {
 			break
 		}
 	}
@@ -214,9 +214,18 @@ func withDevice(do func(device int) (twin int, err error)) (attachment, error) {
 	return attachment{fd, twin}, nil
 }
 
+// unsupported reports that a way to mount does not exist before Linux 5.2, is filtered away, or
+// not for this user; or that it does not take a source with a name of more than 255 bytes.
+func unsupported(err error) bool {
+	return errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EINVAL)
+}
+
+// errNotBeneath reports that there is nothing to mount beneath, or no way to.
+var errNotBeneath = errors.New("cannot be mounted beneath another")
+
 // attachBeneath mounts below a dead mount that lies over its own source, and takes that away
-// then (Linux 6.5): in between there would be sealed files to be seen. If it fails, nothing is
-// there that was not, but another dead mount.
+// then (Linux 6.5): in between there would be sealed files to be seen. If it fails, a dead
+// mount is still there.
 func attachBeneath(o *Options, fsname string) (attachment, error) {
 	none := attachment{-1, -1}
 	stale, err := staleAt(o.Mountpoint)
@@ -224,11 +233,14 @@ func attachBeneath(o *Options, fsname string) (attachment, error) {
 		return none, err
 	}
 	if stale == 0 || fsname != o.Mountpoint {
-		return none, errors.New("there is nothing to mount beneath")
+		return none, errNotBeneath
 	}
 	made, err := attachAside(o, fsname, moveMountBeneath)
+	if err != nil && unsupported(err) {
+		return none, errNotBeneath
+	}
 	if err != nil {
-		return none, err
+		return none, fmt.Errorf("mount %s: %w", o.Mountpoint, err)
 	}
 	all, err := mountinfo.Read(mountinfo.Self)
 	if top, ok := mountinfo.Top(all, o.Mountpoint); ok && top.ID == stale {
