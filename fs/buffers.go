@@ -15,11 +15,10 @@ import (
 // the program EIO, and that request never reaches a successor. go-fuse takes buffers from
 // nobody, so the pool that makes them is wrapped. What the greeting came in is there.
 func touchBuffers(s *fuse.Server) error {
-	field := reflect.ValueOf(s).Elem().FieldByName("readPool")
-	if !field.IsValid() || field.Type() != reflect.TypeFor[sync.Pool]() {
+	pool := readPool(s)
+	if pool == nil {
 		return errors.New("go-fuse keeps its buffers elsewhere")
 	}
-	pool := (*sync.Pool)(field.Addr().UnsafePointer())
 	fresh := pool.New
 	pool.New = func() any {
 		made := fresh()
@@ -31,4 +30,13 @@ func touchBuffers(s *fuse.Server) error {
 		return made
 	}
 	return nil
+}
+
+// readPool returns the pool that s takes its buffers from; nil if go-fuse has it elsewhere.
+func readPool(s *fuse.Server) *sync.Pool {
+	field := reflect.ValueOf(s).Elem().FieldByName("readPool")
+	if !field.IsValid() || field.Type() != reflect.TypeFor[sync.Pool]() {
+		return nil
+	}
+	return (*sync.Pool)(field.Addr().UnsafePointer())
 }

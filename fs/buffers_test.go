@@ -2,8 +2,6 @@ package fs
 
 import (
 	"os"
-	"reflect"
-	"sync"
 	"testing"
 	"unsafe"
 
@@ -14,7 +12,7 @@ import (
 // that a dying daemon takes into an absent page is lost.
 func TestBuffersArePresent(t *testing.T) {
 	w := newWorld(t).mount()
-	pool := (*sync.Pool)(reflect.ValueOf(w.fs.t.server.Load()).Elem().FieldByName("readPool").Addr().UnsafePointer())
+	pool := readPool(w.fs.t.server.Load())
 	page := os.Getpagesize()
 	var all [][]byte // kept, so that new ones cannot be made of old ones
 	for range 200 {
