@@ -606,3 +606,25 @@ func TestLostEvents(t *testing.T) {
 	x.queue.add(x.event(-1, unix.IN_Q_OVERFLOW, "")...)
 	eventually(t, "the new size", func() bool { return statOf(t, w.at("d/f")).Size == 11 })
 }
+
+// TestAdoptOfAForgottenNode: a lookup may find a node that is forgotten before it is told, and made
+// anew by another lookup. Both count for one node, or the kernel would know one that we do not.
+func TestAdoptOfAForgottenNode(t *testing.T) {
+	made := func() *node {
+		return newNode("f", &unix.Stat_t{Dev: 1, Ino: 2, Mode: unix.S_IFREG | 0o400})
+	}
+	tab := newTable(made())
+	found, _ := tab.adopt(made())
+	tab.forget(found.id, 1)
+	anew, _ := tab.adopt(made())
+	if anew == found || anew.id != found.id {
+		t.Fatal("it was not made anew with the same id")
+	}
+	if n, _ := tab.adopt(found); n != anew {
+		t.Error("the lookup of the forgotten one counts for another node")
+	}
+	tab.forget(anew.id, 1)
+	if tab.get(anew.id) != anew {
+		t.Error("the kernel has a lookup left, and the node is gone")
+	}
+}

@@ -248,10 +248,11 @@ func (t *table) adopt(n *node) (now, before *node) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if n.id == 0 {
-		n = t.name(n)
-	}
-	if t.nodes[n.id] != n {
-		t.date(n)
+		if n = t.name(n); t.nodes[n.id] == nil {
+			t.date(n)
+		}
+	} else if o := t.nodes[n.id]; o != nil {
+		n = o // another, if it was forgotten and made anew since it was found: that has the kernel's lookups
 	}
 	before = t.current[n.path]
 	delete(t.last, n.path)
